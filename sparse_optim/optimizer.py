@@ -1,0 +1,842 @@
+"""`MaskedAdamW`: AdamW that trains the entries a policy selects. Validation, clock and state; the arithmetic is elsewhere.
+
+    p.grad --accumulate_--> statistic --score--> policy --histogram, compact--> mask --adamw_--> p, exp_avg, exp_avg_sq
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import backends
+from .backends.reference import (
+    MASK_DRAWS,
+    ONE_WORD,
+    WEIGHT_ROUNDING_DRAWS,
+    Draws,
+    purpose_draw,
+    seeded_mask,
+    unpack_bits,
+    whole,
+)
+from .masks import EVERYTHING, NOTHING, Bits, Indexed, Mask, Seeded
+from .policies import Bernoulli, Policy, TopK, layer_of
+
+Unselected = Literal["frozen", "zero_grad", "track"]
+_UNSELECTED = ("frozen", "zero_grad", "track")
+# the optimizer's own numbers, equal in every group: they survive every way of saving that keeps torch's state dict
+_CLOCK = ("seed", "clock", "phase", "draw", "epoch")
+_CONSTRUCTOR_ONLY = {"policy", "unselected", "backend", "state_dtype", "stochastic_rounding", "release_gradients"} | {
+    "max_grad_norm", "variant", "fidelity", "keep", "density", "observe_steps", "statistic", "schedule"
+}  # fmt: skip
+# how the arithmetic runs is the running program's choice, not the checkpoint's
+_SWITCHES = ("foreach", "capturable", "differentiable", "fused")
+_WRAPPERS = re.compile(r"^module\.|(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
+_PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original(\d*)$")
+
+
+def _clean_name(name: str) -> str:
+    """A parameter's name in the plain model, without what DDP, torch.compile, checkpointing and parametrizations add."""
+    # the number stays: weight normalisation makes two parameters, original0 and original1, of one
+    while (shorter := _PARAMETRIZED.sub(r"\1\2", _WRAPPERS.sub("", name))) != name:
+        name = shorter
+    return name
+
+
+@dataclass
+class _Bucket:
+    """Parameters that one call of a verb can update together."""
+
+    group: dict[str, Any]
+    backend: ModuleType
+    params: list[Tensor]
+    grads: list[Tensor]
+
+
+class MaskedAdamW(Optimizer):
+    r"""AdamW on the entries that a policy selects; a drop-in for `torch.optim.AdamW`, which `policy=None` is.
+
+    At each step the policy gives a mask :math:`M_t`, and selected entries take the update of AdamW. What happens to
+    the others is said by `unselected`:
+
+    | value | their weights | their moments | weight decay on them | moments stored |
+    | --- | --- | --- | --- | --- |
+    | `"frozen"` | bit-identical, always | untouched | none | `[nnz]` float32 where a list can say the mask, else parameter-shaped |
+    | `"zero_grad"` | moved by left-over momentum and decay | updated with a zero gradient | yes | parameter-shaped |
+    | `"track"` | bit-identical | updated with the full gradient | none | parameter-shaped |
+
+    A `TopK` policy whose observing steps train nothing keeps compact moments under `"frozen"`, and a float32 master of
+    every selected entry of a bfloat16 or float16 parameter. Under `Bernoulli` with `"frozen"` an entry's first updates
+    can be larger than AdamW's (typically 0.5 to 1/sqrt(keep) times), since one step count serves the whole tensor.
+
+    Args:
+        params: parameters, `model.named_parameters()`, or groups as in torch. Names make masks independent of the
+            order of parameters. A group may override numbers, and set `masked=False`: its parameters train densely,
+            except while a schedule trains nothing.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`.
+        policy: `Bernoulli(...)`, `TopK(...)`, or None for every entry. One per optimizer.
+        unselected: "frozen", "zero_grad" or "track".
+        seed: of every random mask, 64 bits.
+        backend: "auto", "reference", "native" or "triton".
+        state_dtype: dtype of parameter-shaped moments; None follows the parameter, as torch does.
+        stochastic_rounding: round bfloat16 parameters with parameter-shaped moments stochastically.
+        release_gradients: not available yet.
+        max_grad_norm: scale the gradients down so that the norm of the *selected* entries is at most this.
+        foreach, fused: for compatibility. `foreach` and `fused=False` run the reference backend, `fused=True` demands
+            an accelerated one.
+        capturable: not available yet.
+        differentiable: run the reference backend under autograd.
+
+    Raises:
+        ValueError, TypeError: for bad values and types, before anything is changed.
+        RuntimeError: for a backend that is missing, sparse gradients, and a step that has nothing to select from.
+        NotImplementedError: for what is not available yet.
+
+    State: per parameter `step`, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`) as in torch, plus where needed `indices`
+    or `bits` (the mask), `master`, `age`, `statistic`, `nonfinite`, `key`.
+
+    Example:
+        >>> import torch
+        >>> from sparse_optim import MaskedAdamW, Schedule, TopK
+        >>> model = torch.nn.Linear(10, 10)
+        >>> optimizer = MaskedAdamW(
+        ...     model.named_parameters(), lr=1e-2, policy=TopK(density=0.1, schedule=Schedule(observe=2))
+        ... )
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(4, 10)).square().sum().backward()
+        ...     optimizer.step()
+        >>> round(optimizer.density() * 110)
+        11
+
+    References:
+        Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019.
+    """
+
+    _loading: dict[str, Any] | None = None
+    _names: dict[Tensor, str] | None = None
+    _keys_checked: bool = False
+    _known: list[list[Tensor]]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        policy: Policy | None = None,
+        unselected: Unselected = "frozen",
+        seed: int = 0,
+        backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        release_gradients: bool = False,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        betas = _check_hyperparameters(lr, betas, eps, weight_decay, foreach=foreach, capturable=capturable)
+        backends.check(backend, fused=fused, foreach=foreach, differentiable=differentiable)
+        if policy is not None and not isinstance(policy, Policy):
+            raise TypeError(f"policy must be a Bernoulli, a TopK or None, got {policy!r}; pass an instance.")
+        if unselected not in _UNSELECTED:
+            raise ValueError(
+                f"unselected must be one of {', '.join(map(repr, _UNSELECTED))}, got {unselected!r}; "
+                "choose what happens to the other entries."
+            )
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}; use any number in that range.")
+        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
+            raise ValueError(f"state_dtype must be a floating dtype or None, got {state_dtype!r}; use torch.float32.")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm!r}; use None for no clipping.")
+        if isinstance(policy, Bernoulli) and policy.rescale and unselected == "track":
+            raise ValueError(
+                "rescale must be False when unselected='track', got True; the moments take the full gradient there."
+            )
+        for name, asked in (("release_gradients", release_gradients), ("capturable", capturable)):
+            if asked:
+                raise NotImplementedError(f"{name}=True is not available in this version; leave it False.")
+        self.policy = policy
+        self.unselected = unselected
+        self.backend = backend
+        self.state_dtype = state_dtype
+        self.stochastic_rounding = stochastic_rounding
+        self.max_grad_norm = max_grad_norm
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+            "masked": True,
+            "masking": self._masking(),
+            **dict.fromkeys(_CLOCK, 0),
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    # the step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform one optimization step. Parameters without a gradient are skipped.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which `step` then returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        buckets = self._buckets()
+        if not buckets:
+            return
+        policy = self.policy
+        observing, selected = False, None
+        if isinstance(policy, TopK) and not policy.trains_everything:
+            observing = self._number("phase") % 2 == 0
+            if observing and policy.schedule.observe is None:
+                self.select()
+                observing = False
+        if observing and isinstance(policy, TopK):
+            self._accumulate([bucket for bucket in buckets if bucket.group["masked"]])
+            if policy.schedule.phase(self._number("clock") + 1) % 2 == 1:
+                # found before and applied after the update: an error leaves the weights alone
+                selected = self._selection()
+        if not observing or self._trains_while_observing:
+            self._update(buckets, observing)
+        if selected is not None:
+            self._apply_selection(selected)
+        self._advance()
+
+    def _buckets(self) -> list[_Bucket]:
+        """Parameters with gradients, by group, device and dtype. Refuses what cannot be stepped before any change."""
+        self._follow_swapped_parameters()
+        buckets: dict[tuple[object, ...], _Bucket] = {}
+        for number, group in enumerate(self.param_groups):
+            for p in dict.fromkeys(group["params"]):
+                if p.grad is None:
+                    continue
+                self._check_gradient(p, group)
+                kind = (number, p.device, p.dtype, p.grad.dtype)
+                if kind not in buckets:
+                    buckets[kind] = _Bucket(group, self._backend(p.device), [], [])
+                buckets[kind].params.append(p)
+                buckets[kind].grads.append(p.grad)
+        if self._uses_keys:
+            self._check_keys()
+        return list(buckets.values())
+
+    def _accumulate(self, buckets: list[_Bucket]) -> None:
+        """p.grad --accumulate_--> statistic."""
+        assert isinstance(self.policy, TopK)
+        for bucket in buckets:
+            states = [self._start(p) for p in bucket.params]
+            for p, state in zip(bucket.params, states, strict=True):
+                if "statistic" not in state:
+                    state["statistic"] = self.policy.statistic.init(p)
+                    state["nonfinite"] = torch.zeros((), dtype=torch.bool, device=p.device)
+            with torch.no_grad():
+                self.policy.statistic.update(
+                    [state["statistic"] for state in states],
+                    bucket.grads,
+                    [state["nonfinite"] for state in states],
+                    bucket.backend,
+                )
+
+    def _selection(self) -> dict[Tensor, Mask]:
+        """statistic --score--> policy --histogram, compact--> mask, for every parameter that was observed."""
+        assert isinstance(self.policy, TopK)
+        observed = [p for group in self.param_groups for p in group["params"] if "statistic" in self.state.get(p, {})]
+        if not observed:
+            raise RuntimeError(
+                "step() has nothing to select from: no gradient of a masked parameter was observed; "
+                "call optimizer.observe() after a backward pass first."
+            )
+        masks = self.policy.select(
+            [self.state[p]["statistic"] for p in observed],
+            self._backend(observed[0].device),
+            as_bits=not self._compact,
+        )
+        spoiled = [p for p in observed if self.state[p]["nonfinite"]]
+        if spoiled:
+            warnings.warn(
+                f"{len(spoiled)} of {len(observed)} observed parameters had non-finite gradient entries, which counted as "
+                f"zero; the first is {self._name(spoiled[0])!r}.",
+                stacklevel=4,
+            )
+        return dict(zip(observed, masks, strict=True))
+
+    def _apply_selection(self, masks: Mapping[Tensor, Mask]) -> None:
+        """Store new masks, carry compact state over to them, and drop the statistics."""
+        for p, mask in masks.items():
+            state = self.state[p]
+            del state["statistic"], state["nonfinite"]
+            if isinstance(mask, Bits):
+                state["bits"] = mask.bits
+            elif isinstance(mask, Indexed):
+                if "exp_avg" in state:
+                    self._remap(p, state, mask.indices)
+                state["indices"] = mask.indices
+        for p, state in self.state.items():
+            # not observed this time: nothing of it is selected any more
+            if p not in masks:
+                if "bits" in state:
+                    state["bits"] = torch.zeros_like(state["bits"])
+                elif "indices" in state:
+                    self._remap(p, state, state["indices"][:0])
+                    state["indices"] = state["indices"][:0]
+
+    def _remap(self, p: Tensor, state: dict[str, Any], indices: Tensor) -> None:
+        if "age" not in state:
+            state["age"] = torch.full_like(state["indices"], int(state["step"]), dtype=torch.int32)
+        compact = [key for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age") if key in state]
+        carried = self._backend(p.device).remap_(state["indices"], indices, [state[key] for key in compact])
+        state.update(zip(compact, carried, strict=True))
+
+    def _update(self, buckets: list[_Bucket], observing: bool) -> None:
+        """mask --adamw_--> p, exp_avg, exp_avg_sq: one call per bucket and kind of mask."""
+        draw = self._draw()
+        calls: list[tuple[_Bucket, list[Mask]]] = []
+        for bucket in buckets:
+            masks = [self._mask(p, bucket.group, observing=observing, draw=draw) for p in bucket.params]
+            # tensors whose entries have ages of their own cannot share a call with those that have one step for all
+            kinds = [(type(m), "age" in self.state.get(p, {})) for p, m in zip(bucket.params, masks, strict=True)]
+            for kind in dict.fromkeys(kinds):
+                part = [i for i, mask in enumerate(masks) if kinds[i] == kind and mask is not NOTHING]
+                if part:
+                    params, grads = [bucket.params[i] for i in part], [bucket.grads[i] for i in part]
+                    calls.append((_Bucket(bucket.group, bucket.backend, params, grads), [masks[i] for i in part]))
+        verbs = [self._verb(bucket, masks) for bucket, masks in calls]
+        grad_scale = self._clip([norm for _, norm in verbs]) if self.max_grad_norm is not None else None
+        for update, _ in verbs:
+            update(grad_scale)
+
+    def _verb(
+        self, bucket: _Bucket, masks: list[Mask]
+    ) -> tuple[Callable[[Tensor | None], None], Callable[[], Tensor]]:
+        """The update of a bucket under masks of one kind, and the squared norm of the gradients that it applies."""
+        group, backend, first = bucket.group, bucket.backend, masks[0]
+        states = [self._start(p, mask, group["amsgrad"]) for p, mask in zip(bucket.params, masks, strict=True)]
+
+        def column(key: str) -> list[Tensor]:
+            return [state[key] for state in states if key in state]
+
+        grads, params = bucket.grads, bucket.params
+        moments = [column("exp_avg"), column("exp_avg_sq"), column("max_exp_avg_sq") if group["amsgrad"] else []]
+        if params[0].is_complex():
+            grads, params = [torch.view_as_real(g) for g in grads], [torch.view_as_real(p) for p in params]
+            moments = [[torch.view_as_real(m) for m in column] for column in moments]
+        hyper = {
+            "lr": group["lr"],
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "maximize": group["maximize"],
+            "differentiable": self.defaults["differentiable"],
+        }
+        if isinstance(first, Indexed):
+            indices = column("indices")
+
+            def update_indexed(grad_scale: Tensor | None) -> None:
+                backend.adamw_indexed_(
+                    params, grads, indices, *moments, column("master"), column("age"), column("step"),
+                    **hyper, grad_scale=grad_scale,
+                )  # fmt: skip
+
+            return update_indexed, lambda: backend.norm(grads, indices=indices)
+        selection: dict[str, Any] = {}
+        rescale = 1.0
+        if isinstance(first, Bits):
+            selection = {"bits": column("bits")}
+        elif isinstance(first, Seeded):
+            assert isinstance(self.policy, Bernoulli)
+            keys = [mask.key for mask in masks if isinstance(mask, Seeded)]
+            selection = {
+                "seeded": Draws(first.seed, purpose_draw(MASK_DRAWS, first.draw), first.threshold, keys),
+                "geometries": [ONE_WORD if first.one_word else whole(p) for p in params],
+            }
+            rescale = 1 / self.policy.keep if self.policy.rescale else 1.0
+        rounding = None
+        if self.stochastic_rounding and params[0].dtype == torch.bfloat16:
+            draw = purpose_draw(WEIGHT_ROUNDING_DRAWS, self._number("clock"))
+            rounding = Draws(self._number("seed"), draw, 0, [self._tensor_key(p) for p in bucket.params])
+
+        def update(grad_scale: Tensor | None) -> None:
+            backend.adamw_(
+                params, grads, *moments, column("step"), **hyper, **selection,
+                grad_scale=grad_scale, unselected=self.unselected, rescale=rescale, rounding=rounding,
+            )  # fmt: skip
+
+        return update, lambda: backend.norm(grads, **selection) * rescale**2
+
+    def _clip(self, squared_norms: list[Callable[[], Tensor]]) -> Tensor:
+        """The factor that brings the norm of everything that is applied down to `max_grad_norm`."""
+        assert self.max_grad_norm is not None
+        parts = [squared_norm() for squared_norm in squared_norms]
+        total = torch.stack([part.to(parts[0].device) for part in parts]).sum().sqrt() if parts else torch.zeros(())
+        return (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
+
+    def _mask(self, p: Tensor, group: dict[str, Any], *, observing: bool, draw: int) -> Mask:
+        """What an update trains of one parameter."""
+        if self.policy is None or self.policy.trains_everything or not group["masked"]:
+            return EVERYTHING
+        if isinstance(self.policy, Bernoulli):
+            return self.policy.mask(self._number("seed"), draw, self._mask_key(p))
+        if observing:
+            return EVERYTHING
+        state = self.state.get(p, {})
+        if "indices" in state:
+            return Indexed(state["indices"])
+        return Bits(state["bits"]) if "bits" in state else NOTHING
+
+    def _start(self, p: Tensor, mask: Mask = NOTHING, amsgrad: bool = False) -> dict[str, Any]:
+        """The parameter's state, with everything that an update under this mask needs."""
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=_step_dtype())
+        if self._uses_keys:
+            # kept, so that a later renaming of parameters changes nothing
+            state.setdefault("key", self._tensor_key(p))
+        if mask is NOTHING:
+            return state
+        if "exp_avg" not in state:
+            if isinstance(mask, Indexed):
+                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+                fresh = torch.zeros(mask.indices.numel(), dtype=dtype, device=p.device)
+                if p.dtype != dtype:
+                    state["master"] = p.detach().reshape(-1)[mask.indices.long()].to(dtype)
+            else:
+                # a complex parameter keeps complex moments, as in torch
+                dtype = p.dtype if p.is_complex() or self.state_dtype is None else self.state_dtype
+                fresh = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+            state["exp_avg"], state["exp_avg_sq"] = fresh, fresh.clone()
+        if amsgrad and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        return state
+
+    # the clock, and what follows from it
+
+    def _number(self, name: str) -> int:
+        """One of the optimizer's own numbers, which every group holds."""
+        return int(self.param_groups[0][name])
+
+    def _set_numbers(self, **numbers: int) -> None:
+        for group in self.param_groups:
+            group.update(numbers)
+
+    def _draw(self) -> int:
+        if isinstance(self.policy, Bernoulli):
+            return self.policy.draw(self._number("clock"), self._number("epoch"))
+        return 0
+
+    def _advance(self) -> None:
+        """Count one applied step."""
+        draw, clock, phase = self._draw(), self._number("clock") + 1, self._number("phase")
+        if isinstance(self.policy, TopK) and self.policy.schedule.observe is not None:
+            phase = self.policy.schedule.phase(clock)
+        self._set_numbers(clock=clock, draw=draw, phase=phase)
+
+    @property
+    def _trains_while_observing(self) -> bool:
+        return isinstance(self.policy, TopK) and self.policy.schedule.meanwhile == "everything"
+
+    @property
+    def _uses_keys(self) -> bool:
+        return self.stochastic_rounding or (isinstance(self.policy, Bernoulli) and not self.policy.trains_everything)
+
+    @property
+    def _compact(self) -> bool:
+        """Whether moments are kept for selected entries only."""
+        return self.unselected == "frozen" and not self._trains_while_observing
+
+    # observing and looking
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Add the gradients that the parameters hold now to the statistic of an explicit schedule.
+
+        Call it after a backward pass, and `zero_grad()` after it. The next `step()`, or `select()`, then selects.
+
+        Raises:
+            RuntimeError: unless the policy is a `TopK` with `Schedule(observe=None)`.
+        """
+        self._require_explicit("observe")
+        if not isinstance(self.policy, TopK) or self.policy.trains_everything:
+            return
+        buckets = [bucket for bucket in self._buckets() if bucket.group["masked"]]
+        if not buckets:
+            raise RuntimeError(
+                "observe() needs the gradient of a masked parameter, got none; call it after backward(), before zero_grad()."
+            )
+        self._accumulate(buckets)
+        phase = self._number("phase")
+        self._set_numbers(phase=phase + phase % 2)
+
+    @torch.no_grad()
+    def select(self) -> None:
+        """Select entries by what was observed explicitly; called again after more `observe()`, select anew.
+
+        Entries that stay selected keep their moments and their age, those that leave lose them.
+
+        Raises:
+            RuntimeError: when nothing was observed, or the schedule is not explicit.
+        """
+        self._require_explicit("select")
+        self._follow_swapped_parameters()
+        self._apply_selection(self._selection())
+        self._set_numbers(phase=self._number("phase") // 2 * 2 + 1)
+
+    def _require_explicit(self, method: str) -> None:
+        if not isinstance(self.policy, TopK) or self.policy.schedule.observe is not None:
+            raise RuntimeError(
+                f"{method}() needs a TopK policy with Schedule(observe=None), got policy={self.policy!r}; "
+                "with observe=n the first n calls of step() observe by themselves."
+            )
+
+    def new_epoch(self) -> None:
+        """Say that an epoch begins: a `Bernoulli(every="epoch")` policy draws a new mask."""
+        self._set_numbers(epoch=self._number("epoch") + 1)
+
+    @torch.no_grad()
+    def mask(self, param: Tensor) -> Tensor:
+        """Which entries of a parameter the last update trained: bool, in the parameter's shape.
+
+        All False before the first update, while a schedule trains nothing, and for a parameter that never had a
+        gradient. Right after an explicit `select()`, the entries that the next update trains.
+
+        Raises:
+            ValueError: for a tensor that is not a parameter of this optimizer.
+        """
+        self._follow_swapped_parameters()
+        group = next((g for g in self.param_groups if any(param is p for p in g["params"])), None)
+        if group is None:
+            raise ValueError(
+                f"param must be a parameter of this optimizer, got a tensor of shape {tuple(param.shape)}; "
+                "pass the object that the model holds."
+            )
+        mask = self._last_mask(param, group)
+        if isinstance(mask, Bits):
+            return unpack_bits(mask.bits, param.numel()).view(param.shape)
+        selected = torch.full((param.numel(),), mask is EVERYTHING, device=param.device)
+        if isinstance(mask, Indexed):
+            selected[mask.indices.long()] = True
+        elif isinstance(mask, Seeded):
+            geometry = ONE_WORD if mask.one_word else whole(param)
+            draw = purpose_draw(MASK_DRAWS, mask.draw)
+            selected = seeded_mask(
+                mask.seed, draw, mask.threshold, mask.key, param.numel(), geometry, param.device
+            )  # fmt: skip
+        return selected.view(param.shape)
+
+    def _last_mask(self, p: Tensor, group: dict[str, Any]) -> Mask:
+        clock = self._number("clock")
+        if clock == 0 or "exp_avg" not in self.state.get(p, {}):
+            return NOTHING
+        observed = False
+        if isinstance(self.policy, TopK) and self.policy.schedule.observe is not None:
+            observed = self.policy.schedule.phase(clock - 1) % 2 == 0 and not self.policy.trains_everything
+            if observed and not self._trains_while_observing:
+                return NOTHING
+        return self._mask(p, group, observing=observed, draw=self._number("draw"))
+
+    def density(self) -> float:
+        """The share of all entries in this optimizer that the last update trained."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        trained = sum(int(self.mask(p).sum()) for p in params)
+        return float(trained / max(1, sum(p.numel() for p in params)))
+
+    # names and keys
+
+    def _name(self, param: Tensor) -> str:
+        """The parameter's clean name, or its ordinal over all groups where no names were given."""
+        if self._names is None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            if self._named:
+                given = [_clean_name(name) for group in self.param_groups for name in group["param_names"]]
+            else:
+                given = [str(ordinal) for ordinal in range(len(params))]
+            self._names = dict(zip(params, given, strict=True))
+        return self._names[param]
+
+    @property
+    def _named(self) -> bool:
+        return "param_names" in self.param_groups[0]
+
+    def _tensor_key(self, p: Tensor) -> int:
+        """The 32 bits that tell this tensor's random words from others'; fixed at the first step, and saved."""
+        saved = self.state.get(p, {}).get("key")
+        name = self._name(p)
+        return int(saved) if saved is not None else zlib.crc32(name.encode()) if self._named else int(name)
+
+    def _mask_key(self, p: Tensor) -> int:
+        by_layer = isinstance(self.policy, Bernoulli) and self.policy.unit == "layer"
+        return zlib.crc32(layer_of(self._name(p)).encode()) if by_layer else self._tensor_key(p)
+
+    def _check_keys(self) -> None:
+        """Refuse names that random words could not tell apart."""
+        if self._keys_checked:
+            return
+        params = [p for group in self.param_groups for p in group["params"]]
+        units = [(self._tensor_key(p), i, self._name(p)) for i, p in enumerate(params)]
+        if isinstance(self.policy, Bernoulli) and self.policy.unit == "layer":
+            if not self._named:
+                raise ValueError(
+                    "unit='layer' needs named parameters, got none; pass model.named_parameters() or param_groups(model)."
+                )
+            layers = sorted({layer_of(self._name(p)) for p in params})
+            units = [(zlib.crc32(layer.encode()), i, layer) for i, layer in enumerate(layers)]
+        seen: dict[int, tuple[int, str]] = {}
+        for key, i, name in units:
+            other = seen.setdefault(key, (i, name))
+            if other[0] != i:
+                raise ValueError(
+                    f"names must have different CRC-32 keys, got {key} for both {other[1]!r} and {name!r}; rename one."
+                )
+        self._keys_checked = True
+
+    # state that survives
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; it inherits the optimizer's clock. See `torch.optim.Optimizer`."""
+        misplaced = sorted(_CONSTRUCTOR_ONLY & set(param_group)) if isinstance(param_group, dict) else []
+        if misplaced:
+            raise ValueError(
+                f"a parameter group must override numbers and `masked` only, got {misplaced[0]!r}; "
+                "give it to the optimizer, or make a second optimizer."
+            )
+        if isinstance(param_group, dict) and not isinstance(param_group.get("masked", True), bool):
+            raise ValueError(
+                f"masked must be True or False in a parameter group, got {param_group['masked']!r}; "
+                "False trains the group densely."
+            )
+        super().add_param_group(param_group)
+        self.param_groups[-1].update({name: self.param_groups[0][name] for name in (*_CLOCK, "masking")})
+        self._remember_parameters()
+
+    def _remember_parameters(self) -> None:
+        self._known = [list(group["params"]) for group in self.param_groups]
+        self._names = None
+        self._keys_checked = False
+
+    def _follow_swapped_parameters(self) -> None:
+        """Let state follow a parameter object that somebody replaced in its group, by (group, position)."""
+        if all(
+            len(known) == len(group["params"]) and all(map(_same, known, group["params"]))
+            for known, group in zip(self._known, self.param_groups, strict=True)
+        ):
+            return
+        moved: dict[Tensor, dict[str, Any]] = {}
+        for known, group in zip(self._known, self.param_groups, strict=True):
+            for old, new in zip(known, group["params"], strict=False):
+                state = self.state.get(old, {})
+                if old is new or not state:
+                    continue
+                if new.shape != old.shape or _is_dtensor(new) != _is_dtensor(old):
+                    raise RuntimeError(
+                        f"a parameter that has state must keep its shape and kind when it is replaced, got "
+                        f"{type(new).__name__} {tuple(new.shape)} for {type(old).__name__} {tuple(old.shape)}; "
+                        "shard or reshape the model before the first step."
+                    )
+                moved[new] = {
+                    key: value.to(new.device) if isinstance(value, Tensor) and key != "step" else value
+                    for key, value in state.items()
+                }
+        for known, group in zip(self._known, self.param_groups, strict=True):
+            for old, new in zip(known, group["params"], strict=False):
+                if old is not new:
+                    self.state.pop(old, None)
+        self.state.update(moved)
+        self._remember_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; every tensor has the dtype that it has while training."""
+        self._follow_swapped_parameters()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state dict, of this class or (without a policy) of `torch.optim.AdamW`, keeping every dtype.
+
+        How the arithmetic runs (`foreach`, `fused`, `capturable`, `differentiable`) stays as constructed.
+
+        Raises:
+            ValueError: when the groups do not match, or the policy or `unselected` is another than the saved one.
+        """
+        self._follow_swapped_parameters()
+
+        def capture(_: Optimizer, final: dict[str, Any]) -> None:
+            # registered last, so that this is the dict that users' own hooks have left
+            for saved in final["param_groups"]:
+                masking = saved.get("masking", "policy=None")
+                if masking != self._masking():
+                    raise ValueError(
+                        f"the saved masking must be this optimizer's ({self._masking()}), got ({masking}); "
+                        "construct the optimizer as it was when saved."
+                    )
+            self._check_saved_shapes(final)
+            self._loading = final
+
+        handle = self.register_load_state_dict_pre_hook(capture)
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but hooks, as torch has it, and what the constructor was given."""
+        own = ("policy", "unselected", "backend", "state_dtype", "stochastic_rounding", "max_grad_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a loaded or unpickled state, restoring what torch's loading casts to the parameter's dtype."""
+        switches = [{name: group[name] for name in _SWITCHES} for group in self.__dict__.get("param_groups", [])]
+        super().__setstate__(state)
+        for i, group in enumerate(self.param_groups):
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            if self._loading is not None:
+                group.update(switches[i])
+        if self._loading is not None:
+            self._restore_dtypes(self._loading)
+        for p_state in self.state.values():
+            if p_state and not isinstance(p_state["step"], Tensor):
+                p_state["step"] = torch.tensor(float(p_state["step"]), dtype=_step_dtype())
+        self._remember_parameters()
+
+    def _restore_dtypes(self, final: dict[str, Any]) -> None:
+        saved = [number for group in final["param_groups"] for number in group["params"]]
+        current = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(saved, current, strict=True):
+            for key, value in final["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.to("cpu" if key == "step" else p.device)
+
+
+    def _check_saved_shapes(self, final: dict[str, Any]) -> None:
+        saved = [number for group in final["param_groups"] for number in group["params"]]
+        current = [p for group in self.param_groups for p in group["params"]]
+        # another number of parameters is refused by torch, in its own words
+        for number, p in zip(saved, current, strict=False):
+            state = final["state"].get(number, {})
+            for key, value in state.items():
+                shape = state["indices"].shape if "indices" in state and key != "statistic" else p.shape
+                per_entry = key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age", "statistic")
+                if per_entry and value.shape != shape:
+                    raise ValueError(
+                        f"saved {key} of {self._name(p)!r} must have shape {tuple(shape)}, got {tuple(value.shape)}; "
+                        "load the state dict of a model with the same shapes."
+                    )
+
+    def _masking(self) -> str:
+        """What must be the same for a saved state to mean the same."""
+        return "policy=None" if self.policy is None else f"policy={self.policy!r}, unselected={self.unselected!r}"
+
+    def _backend(self, device: torch.device) -> ModuleType:
+        switches = self.defaults
+        wants_reference = (
+            switches["foreach"] is not None or switches["fused"] is False or switches["differentiable"]
+        )  # fmt: skip
+        return backends.resolve(self.backend, device, wants_reference=wants_reference)
+
+    def _check_gradient(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
+        if p.grad.layout is not torch.strided:
+            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        if _is_dtensor(p):
+            raise NotImplementedError(
+                f"parameters must be plain tensors in this version, got a DTensor for {self._name(p)!r}; "
+                "use DistributedDataParallel instead of sharding."
+            )
+        if p.is_complex() and group["masked"] and self.policy is not None and not self.policy.trains_everything:
+            raise ValueError(
+                f"a masked parameter must be real, got {p.dtype} for {self._name(p)!r}; "
+                "put it in a group with masked=False."
+            )
+
+
+def _same(a: object, b: object) -> bool:
+    return a is b
+
+
+def _step_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    # importing it here would cost every user of plain tensors a second
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _check_hyperparameters(
+    lr: float | Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    eps: float,
+    weight_decay: float,
+    *,
+    foreach: bool | None,
+    capturable: bool,
+) -> tuple[float | Tensor, float | Tensor]:
+    """torch.optim.AdamW's checks in its own words, which programs match on."""
+    if isinstance(lr, Tensor):
+        if foreach and not capturable:
+            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not eps >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor):
+            if foreach and not capturable:
+                raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
+            if beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+    return (_squeezed(betas[0]), _squeezed(betas[1]))
+
+
+def _squeezed(value: float | Tensor) -> float | Tensor:
+    return value.squeeze() if isinstance(value, Tensor) and value.dim() != 0 else value

@@ -1,0 +1,325 @@
+"""Policies decide which entries train at this step. A policy is an immutable record and owns no memory.
+
+There are two mechanisms: `Bernoulli` draws entries at random, `TopK` ranks them by a statistic of their gradients.
+`Schedule` says when a TopK policy looks and when it trains.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .backends.reference import EVERY_TIE, SELECT_NOTHING, Cut, Geometry, key_bits
+from .masks import Bits, Indexed, Mask, Seeded
+from .scores import SquaredGradient, Statistic
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def _check_fraction(name: str, value: float, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}; {remedy}.")
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        listed = " or ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be {listed}, got {value!r}; choose one of them.")
+
+
+def _check_steps(name: str, value: object, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}; {remedy}.")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a TopK policy observes and when it trains, counted in applied optimizer steps.
+
+    Args:
+        observe: observe during this many `step()` calls, then select. None: observation is explicit, through
+            `optimizer.observe()` after a backward pass, and the next `step()` (or `optimizer.select()`) selects.
+        train: train the selection for this many steps, then observe again, and so on. None: train it for ever.
+        meanwhile: what a `step()` that observes trains: "nothing" or "everything".
+    """
+
+    observe: int | None = None
+    train: int | None = None
+    meanwhile: Literal["nothing", "everything"] = "nothing"
+
+    def __post_init__(self) -> None:
+        _check_choice("meanwhile", self.meanwhile, ("nothing", "everything"))
+        if self.observe is not None:
+            _check_steps("observe", self.observe, "use None to call optimizer.observe() yourself")
+        if self.train is not None:
+            _check_steps("train", self.train, "use None to train the selection for ever")
+            if self.observe is None:
+                raise ValueError(
+                    f"train must be None when observe is None, got {self.train!r}; "
+                    "give observe=n to alternate, or select again with optimizer.observe() and optimizer.select()."
+                )
+        if self.observe is None and self.meanwhile == "everything":
+            raise ValueError(
+                "meanwhile must be 'nothing' when observe is None, got 'everything'; "
+                "give observe=n for steps that observe and train."
+            )
+
+    def phase(self, clock: int) -> int:
+        """The phase after `clock` applied steps: 0, 2, 4, ... observe and 1, 3, 5, ... train."""
+        if self.observe is None:
+            raise ValueError("an explicit schedule has no clock; the optimizer keeps its phase.")
+        if self.train is None:
+            return int(clock >= self.observe)
+        cycles, within = divmod(clock, self.observe + self.train)
+        return 2 * cycles + int(within >= self.observe)
+
+
+_NUMBERED_LAYER = re.compile(r"^(?:.*?\.)??\d+(?=\.)")
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to: its name up to the first number ("encoder.layer.3"), else its module."""
+    numbered = _NUMBERED_LAYER.match(name)
+    return numbered.group() if numbered else name.rpartition(".")[0] or name
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Select every entry with probability `keep`, drawn from a counter-based generator and never stored.
+
+    The mask depends on the optimizer's seed, the number of the draw, the parameter's name and the entry's index alone:
+    not on the device, the backend, the order of updates or the number of ranks.
+
+    Args:
+        keep: probability that an entry is selected, in (0, 1].
+        unit: what is selected as a whole: "entry", "tensor", or "layer" (all tensors of a numbered layer; needs named
+            parameters).
+        every: draw anew every so many steps, or "epoch": whenever `optimizer.new_epoch()` is called.
+        rescale: divide surviving gradients by `keep`, so that their mean is that of the dense gradient. Under AdamW
+            only `eps` sees it.
+    """
+
+    keep: float
+    unit: Literal["entry", "tensor", "layer"] = "entry"
+    every: int | Literal["epoch"] = 1
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        _check_fraction("keep", self.keep, "to train nothing, leave the parameters out of the optimizer")
+        _check_choice("unit", self.unit, ("entry", "tensor", "layer"))
+        if self.every != "epoch":
+            _check_steps("every", self.every, "use every=1 for a fresh mask at each step, or 'epoch'")
+
+    @property
+    def trains_everything(self) -> bool:
+        """keep = 1 is AdamW."""
+        return self.keep == 1
+
+    def draw(self, clock: int, epoch: int) -> int:
+        """The number of the mask that applies after `clock` applied steps."""
+        return epoch if self.every == "epoch" else clock // self.every
+
+    def mask(self, seed: int, draw: int, key: int) -> Mask:
+        """The mask of one tensor."""
+        return Seeded(seed, draw, math.floor(self.keep * 2**32), key, self.unit != "entry")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Select the entries with the highest scores; exactly `int(density * n)` of them, ties to the lowest index.
+
+    n counts the entries of masked parameters that received a gradient while observing. Non-finite scores are never
+    selected.
+
+    Args:
+        density: selected / all, in (0, 1].
+        statistic: what is remembered about gradients while observing: `SquaredGradient()` or `SignedGradient()`.
+        scope: one threshold for all tensors ("global"), or one for each ("tensor", rounded down in each).
+        schedule: when to observe and when to train.
+        cut: "exact", or "percentile": every entry at or above the (1 - density) percentile, found by linear
+            interpolation, as released code has it; more than k are selected when there are ties.
+    """
+
+    density: float
+    statistic: Statistic = field(default_factory=SquaredGradient)
+    scope: Literal["global", "tensor"] = "global"
+    schedule: Schedule = field(default_factory=Schedule)
+    cut: Literal["exact", "percentile"] = "exact"
+
+    def __post_init__(self) -> None:
+        _check_fraction("density", self.density, "to train nothing, leave the parameters out of the optimizer")
+        _check_choice("scope", self.scope, ("global", "tensor"))
+        _check_choice("cut", self.cut, ("exact", "percentile"))
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule, got {self.schedule!r}; write Schedule(observe=n).")
+        if not isinstance(self.statistic, Statistic):
+            raise TypeError(
+                f"statistic must be a statistic such as SquaredGradient(), got {self.statistic!r}; pass an instance."
+            )
+
+    @property
+    def trains_everything(self) -> bool:
+        """density = 1 is AdamW."""
+        return self.density == 1
+
+    def select(
+        self,
+        statistics: Sequence[Tensor],
+        backend: ModuleType,
+        *,
+        as_bits: bool,
+        geometries: Sequence[Geometry] | None = None,
+        reduce: Reduce = lambda counts: counts,
+    ) -> list[Mask]:
+        """The masks of the selected entries, by radix histograms: no sort, and no copy of the scores.
+
+        Args:
+            statistics: one tensor per parameter, in the order that breaks ties.
+            as_bits: `Bits` rather than `Indexed` masks.
+            reduce: sums int64 counts over ranks.
+
+        Raises:
+            RuntimeError: when fewer finite scores than k are left, or a global k is 0.
+        """
+        selection = _Selection(statistics, backend, self.statistic.absolute, self.scope, geometries, reduce)
+        cuts = selection.cuts(self.density, percentile=self.cut == "percentile")
+        masks = backend.compact(
+            statistics, cuts=cuts, as_bits=as_bits, absolute=self.statistic.absolute, geometries=geometries
+        )
+        return [Bits(mask) if as_bits else Indexed(mask) for mask in masks]
+
+
+Policy = Bernoulli | TopK
+
+
+@dataclass
+class _Selection:
+    """One exact selection: rounds of histograms that narrow the threshold of each row of counts.
+
+    A row is the whole model in global scope, and one tensor in tensor scope.
+    """
+
+    statistics: Sequence[Tensor]
+    backend: ModuleType
+    absolute: bool
+    scope: str
+    geometries: Sequence[Geometry] | None
+    reduce: Reduce
+
+    def cuts(self, density: float, *, percentile: bool) -> list[Cut]:
+        per_tensor = self.scope == "tensor"
+        rows = len(self.statistics) if per_tensor else 1
+        bits = max((key_bits(s) for s in self.statistics), default=32)
+        prefixes, wanted = [0] * rows, [0] * rows
+        above = [0] * rows  # keys above the prefix so far
+        for number, (width, shift) in enumerate(_rounds(bits)):
+            counts = self._count(prefixes, shift=shift, width=width, per_tensor=per_tensor)
+            if number == 0:
+                wanted = [self._wanted(density, row, counts, percentile) for row in range(rows)]
+            for row in range(rows):
+                digit, passed = _descend(counts[row], wanted[row] - above[row])
+                prefixes[row] = prefixes[row] << width | digit
+                above[row] += passed
+        # the last round's bin holds the entries whose key is the threshold
+        tied = [int(counts[row][prefixes[row] % (1 << width)]) for row in range(rows)]
+        cuts = []
+        for row in range(rows):
+            missing = wanted[row] - above[row]
+            if wanted[row] == 0:
+                cuts.append([SELECT_NOTHING] * (1 if per_tensor else len(self.statistics)))
+            elif percentile or missing == tied[row]:
+                cuts.append([Cut(prefixes[row], EVERY_TIE)] * (1 if per_tensor else len(self.statistics)))
+            else:
+                cuts.append(self._cut_ties([row] if per_tensor else range(len(self.statistics)), prefixes[row], missing))
+        return [cut for row_cuts in cuts for cut in row_cuts]
+
+    def _wanted(self, density: float, row: int, counts: Tensor, percentile: bool) -> int:
+        finite = int(counts[row].sum())
+        tensors = self.statistics if self.scope == "global" else self.statistics[row : row + 1]
+        total = sum(s.numel() for s in tensors)
+        if percentile:
+            # numpy's linear percentile lies in (lower, upper] of two neighbours, so that exactly those from upper on pass
+            return finite - math.ceil((finite - 1) * ((1 - density) * 100 / 100)) if finite else 0
+        wanted = int(density * total)
+        if wanted == 0 and self.scope == "global":
+            raise RuntimeError(
+                f"density must select at least one of the {total} observed entries, got {density!r}; raise the density."
+            )
+        if wanted > finite:
+            raise RuntimeError(
+                f"density {density!r} needs {wanted} finite scores, got {finite} of {total}; observe finite gradients, "
+                "or lower the density."
+            )
+        return wanted
+
+    def _count(
+        self,
+        prefixes: Sequence[int],
+        *,
+        shift: int,
+        width: int,
+        per_tensor: bool,
+        tensors: Sequence[int] | None = None,
+        tie: int | None = None,
+    ) -> Tensor:
+        chosen = range(len(self.statistics)) if tensors is None else tensors
+        scores = [self.statistics[i] for i in chosen]
+        counts: Tensor = self.backend.histogram(
+            scores,
+            shift=shift,
+            width=width,
+            prefixes=prefixes if len(prefixes) == len(scores) else list(prefixes) * len(scores),
+            per_tensor=per_tensor,
+            absolute=self.absolute,
+            ties=None if tie is None else [tie] * len(scores),
+            geometries=None if self.geometries is None else [self.geometries[i] for i in chosen],
+        )
+        return self.reduce(counts).cpu()
+
+    def _cut_ties(self, tensors: Sequence[int], key: int, missing: int) -> list[Cut]:
+        """Of the entries equal to the threshold, take those with the lowest (tensor, global index)."""
+        ties = self._count([0], shift=_INDEX_BITS, width=0, per_tensor=True, tensors=tensors, tie=key)[:, 0].tolist()
+        cuts = []
+        for tensor, count in zip(tensors, ties, strict=True):
+            if missing >= count:
+                last = EVERY_TIE
+            elif missing == 0:
+                last = -1
+            else:
+                last, before = 0, 0
+                for width, shift in _rounds(_INDEX_BITS):
+                    counts = self._count([last], shift=shift, width=width, per_tensor=True, tensors=[tensor], tie=key)
+                    # ascending, hence from the other end
+                    digit, passed = _descend(counts[0].flip(0), missing - before)
+                    last = last << width | (1 << width) - 1 - digit
+                    before += passed
+            missing -= min(missing, count)
+            cuts.append(Cut(key, last))
+        return cuts
+
+
+_INDEX_BITS = 44  # 2**44 entries in one tensor
+
+
+def _rounds(bits: int) -> list[tuple[int, int]]:
+    """(width, shift) of radix rounds of at most 11 bits, highest bits first: 11 + 11 + 10 for 32."""
+    rounds = []
+    while bits > 0:
+        width = min(11, bits)
+        bits -= width
+        rounds.append((width, bits))
+    return rounds
+
+
+def _descend(counts: Tensor, wanted: int) -> tuple[int, int]:
+    """From the highest bin down, the bin that holds the `wanted`-th entry, and how many entries lie above it."""
+    reached = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(reached, torch.tensor(max(wanted, 1))).clamp(max=counts.numel() - 1))
+    return counts.numel() - 1 - place, int(reached[place - 1]) if place else 0
