@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import backends
 from .backends.reference import (
+    CONTROL_DRAWS,
     MASK_DRAWS,
     ONE_WORD,
     WEIGHT_ROUNDING_DRAWS,
@@ -30,7 +31,7 @@ from .backends.reference import (
     whole,
 )
 from .masks import EVERYTHING, NOTHING, Bits, Indexed, Mask, Seeded
-from .policies import Bernoulli, Policy, TopK, layer_of
+from .policies import Bernoulli, GradualUnfreezing, Policy, TopK, layer_of
 
 Unselected = Literal["frozen", "zero_grad", "track"]
 _UNSELECTED = ("frozen", "zero_grad", "track")
@@ -125,6 +126,7 @@ class MaskedAdamW(Optimizer):
 
     _loading: dict[str, Any] | None = None
     _names: dict[Tensor, str] | None = None
+    _depths: dict[str, int] | None = None
     _keys_checked: bool = False
     _known: list[list[Tensor]]
 
@@ -154,7 +156,7 @@ class MaskedAdamW(Optimizer):
         betas = _check_hyperparameters(lr, betas, eps, weight_decay, foreach=foreach, capturable=capturable)
         backends.check(backend, fused=fused, foreach=foreach, differentiable=differentiable)
         if policy is not None and not isinstance(policy, Policy):
-            raise TypeError(f"policy must be a Bernoulli, a TopK or None, got {policy!r}; pass an instance.")
+            raise TypeError(f"policy must be a Bernoulli, TopK, GradualUnfreezing or None, got {policy!r}; pass an instance.")
         if unselected not in _UNSELECTED:
             raise ValueError(
                 f"unselected must be one of {', '.join(map(repr, _UNSELECTED))}, got {unselected!r}; "
@@ -169,6 +171,10 @@ class MaskedAdamW(Optimizer):
         if isinstance(policy, Bernoulli) and policy.rescale and unselected == "track":
             raise ValueError(
                 "rescale must be False when unselected='track', got True; the moments take the full gradient there."
+            )
+        if isinstance(policy, GradualUnfreezing) and unselected != "frozen":
+            raise ValueError(
+                f"unselected must be 'frozen' under GradualUnfreezing, got {unselected!r}; its layers start untouched."
             )
         for name, asked in (("release_gradients", release_gradients), ("capturable", capturable)):
             if asked:
@@ -258,6 +264,12 @@ class MaskedAdamW(Optimizer):
                 buckets[kind].grads.append(p.grad)
         if self._uses_keys:
             self._check_keys()
+        by_epoch = isinstance(self.policy, Bernoulli | GradualUnfreezing) and self.policy.every == "epoch"
+        if by_epoch and self._number("epoch") == 0:
+            raise RuntimeError(
+                "every='epoch' needs optimizer.new_epoch() at the start of every epoch, the first included, got no call; "
+                "call it, or give every= a number of steps."
+            )
         return list(buckets.values())
 
     def _accumulate(self, buckets: list[_Bucket]) -> None:
@@ -267,7 +279,8 @@ class MaskedAdamW(Optimizer):
             states = [self._start(p) for p in bucket.params]
             for p, state in zip(bucket.params, states, strict=True):
                 if "statistic" not in state:
-                    state["statistic"] = self.policy.statistic.init(p)
+                    key = self._tensor_key(p)
+                    state["statistic"] = self.policy.statistic.init(p, seed=self._number("seed"), key=key)
                     state["nonfinite"] = torch.zeros((), dtype=torch.bool, device=p.device)
             with torch.no_grad():
                 self.policy.statistic.update(
@@ -286,8 +299,15 @@ class MaskedAdamW(Optimizer):
                 "step() has nothing to select from: no gradient of a masked parameter was observed; "
                 "call optimizer.observe() after a backward pass first."
             )
+        statistic = self.policy.statistic
+        missing = [p for p in observed if statistic.needs_curvature and "curvature" not in self.state[p]]
+        if missing:
+            raise RuntimeError(
+                f"{type(statistic).__name__} needs the curvature of every observed parameter, got none for "
+                f"{self._name(missing[0])!r}; call optimizer.observe_curvature(loss) while observing."
+            )
         masks = self.policy.select(
-            [self.state[p]["statistic"] for p in observed],
+            [statistic.score(self.state[p]["statistic"], self.state[p]) for p in observed],
             self._backend(observed[0].device),
             as_bits=not self._compact,
         )
@@ -304,7 +324,8 @@ class MaskedAdamW(Optimizer):
         """Store new masks, carry compact state over to them, and drop the statistics."""
         for p, mask in masks.items():
             state = self.state[p]
-            del state["statistic"], state["nonfinite"]
+            for key in ("statistic", "nonfinite", "count", "curvature"):
+                state.pop(key, None)
             if isinstance(mask, Bits):
                 state["bits"] = mask.bits
             elif isinstance(mask, Indexed):
@@ -417,6 +438,8 @@ class MaskedAdamW(Optimizer):
             return EVERYTHING
         if isinstance(self.policy, Bernoulli):
             return self.policy.mask(self._number("seed"), draw, self._mask_key(p))
+        if isinstance(self.policy, GradualUnfreezing):
+            return EVERYTHING if draw >= self._depth(p) else NOTHING
         if observing:
             return EVERYTHING
         state = self.state.get(p, {})
@@ -460,9 +483,10 @@ class MaskedAdamW(Optimizer):
             group.update(numbers)
 
     def _draw(self) -> int:
-        if isinstance(self.policy, Bernoulli):
+        """The number of the mask that the next update uses."""
+        if isinstance(self.policy, Bernoulli | GradualUnfreezing):
             return self.policy.draw(self._number("clock"), self._number("epoch"))
-        return 0
+        return self._number("draw")
 
     def _advance(self) -> None:
         """Count one applied step."""
@@ -477,7 +501,10 @@ class MaskedAdamW(Optimizer):
 
     @property
     def _uses_keys(self) -> bool:
-        return self.stochastic_rounding or (isinstance(self.policy, Bernoulli) and not self.policy.trains_everything)
+        if isinstance(self.policy, TopK):
+            return self.stochastic_rounding or self.policy.statistic.random
+        drawn = isinstance(self.policy, Bernoulli) and not self.policy.trains_everything
+        return self.stochastic_rounding or drawn
 
     @property
     def _compact(self) -> bool:
@@ -521,6 +548,94 @@ class MaskedAdamW(Optimizer):
         self._apply_selection(self._selection())
         self._set_numbers(phase=self._number("phase") // 2 * 2 + 1)
 
+    def set_count(self, name: str, count: Tensor) -> None:
+        """Say how often the entries of a parameter took part since observation began.
+
+        Args:
+            name: of a masked parameter. count: any shape that broadcasts to the parameter's, such as [in features].
+
+        Raises:
+            RuntimeError: when the policy's statistic does not use counts. ValueError: for an unknown name or shape.
+        """
+        if not isinstance(self.policy, TopK) or not self.policy.statistic.counts:
+            raise RuntimeError(
+                f"set_count() needs a TopK policy with CountedSquaredGradient, got policy={self.policy!r}; "
+                "DPSAdamW(variant='mix') has one."
+            )
+        self._follow_swapped_parameters()
+        p = next((p for p, known in self._all_names().items() if known == _clean_name(name)), None)
+        if p is None or not self._named:
+            raise ValueError(
+                f"name must be that of a named parameter of this optimizer, got {name!r}; pass model.named_parameters()."
+            )
+        try:
+            count = count.detach().to(device=p.device, dtype=torch.float32, copy=True)
+            count.expand(p.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"count must broadcast to {tuple(p.shape)}, got {tuple(count.shape)}; for counts of input features of a "
+                f"linear weight give [{p.shape[-1] if p.dim() else 1}]."
+            ) from error
+        self._start(p)["count"] = count
+
+    def observe_curvature(self, loss: Tensor) -> None:
+        """Add one Hutchinson estimate of the diagonal of the Hessian: z * (H z) with random signs z.
+
+        Call it while observing, with a loss whose graph is still there, before `loss.backward()`; it leaves `.grad`
+        alone. Costs about two backward passes and needs operations that can be differentiated twice.
+
+        Args:
+            loss: 0-dim, a function of the masked parameters.
+
+        Raises:
+            RuntimeError: when the policy's statistic does not use curvature, or several processes train together
+                (their estimates would differ).
+
+        References:
+            Yao et al., AdaHessian, AAAI 2021.
+        """
+        if not isinstance(self.policy, TopK) or not self.policy.statistic.needs_curvature:
+            raise RuntimeError(
+                f"observe_curvature() needs a TopK policy with CurvatureScaledGradient, got policy={self.policy!r}; "
+                "SecondOrderAdamW(curvature='hutchinson') has one."
+            )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() > 1:
+                raise RuntimeError(
+                    f"observe_curvature() works in one process, got {torch.distributed.get_world_size()} ranks; "
+                    "use SecondOrderAdamW without curvature."
+                )
+        self._follow_swapped_parameters()
+        self._check_keys()
+        params = [p for g in self.param_groups if g["masked"] for p in g["params"] if p.requires_grad]
+        draw = self._number("draw") + 1
+        with torch.enable_grad():
+            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            signs = {}
+            product = loss.new_zeros(())
+            for p, grad in zip(params, grads, strict=True):
+                if grad is not None and grad.requires_grad:
+                    signs[p] = self._signs(p, draw).to(grad.dtype)
+                    product = product + (grad * signs[p]).sum()
+            if not signs:
+                raise RuntimeError(
+                    "observe_curvature() needs a loss that can be differentiated twice, got one without second "
+                    "derivatives; leave curvature out."
+                )
+            products = torch.autograd.grad(product, list(signs), retain_graph=True, allow_unused=True)
+        for (p, sign), curved in zip(signs.items(), products, strict=True):
+            state = self._start(p)
+            if "curvature" not in state:
+                state["curvature"] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+            if curved is not None:
+                state["curvature"] += (sign * curved).to(torch.float32)
+        self._set_numbers(draw=draw)
+
+    def _signs(self, p: Tensor, draw: int) -> Tensor:
+        key, number = self._tensor_key(p), purpose_draw(CONTROL_DRAWS, draw)
+        heads = seeded_mask(self._number("seed"), number, 1 << 31, key, p.numel(), whole(p), p.device)
+        return 2 * heads.view(p.shape).to(torch.int8) - 1
+
     def _require_explicit(self, method: str) -> None:
         if not isinstance(self.policy, TopK) or self.policy.schedule.observe is not None:
             raise RuntimeError(
@@ -529,7 +644,7 @@ class MaskedAdamW(Optimizer):
             )
 
     def new_epoch(self) -> None:
-        """Say that an epoch begins: a `Bernoulli(every="epoch")` policy draws a new mask."""
+        """Say that an epoch begins, the first included: a policy with `every="epoch"` then draws, or goes on a stage."""
         self._set_numbers(epoch=self._number("epoch") + 1)
 
     @torch.no_grad()
@@ -584,6 +699,9 @@ class MaskedAdamW(Optimizer):
 
     def _name(self, param: Tensor) -> str:
         """The parameter's clean name, or its ordinal over all groups where no names were given."""
+        return self._all_names()[param]
+
+    def _all_names(self) -> dict[Tensor, str]:
         if self._names is None:
             params = [p for group in self.param_groups for p in group["params"]]
             if self._named:
@@ -591,7 +709,18 @@ class MaskedAdamW(Optimizer):
             else:
                 given = [str(ordinal) for ordinal in range(len(params))]
             self._names = dict(zip(params, given, strict=True))
-        return self._names[param]
+        return self._names
+
+    def _depth(self, p: Tensor) -> int:
+        """The stage in which gradual unfreezing lets a parameter train."""
+        if not self._named:
+            raise ValueError(
+                "GradualUnfreezing needs named parameters, got none; pass model.named_parameters() or param_groups(model)."
+            )
+        if self._depths is None:
+            assert isinstance(self.policy, GradualUnfreezing)
+            self._depths = self.policy.depth(self._all_names().values())
+        return self._depths[self._name(p)]
 
     @property
     def _named(self) -> bool:
@@ -604,8 +733,9 @@ class MaskedAdamW(Optimizer):
         return int(saved) if saved is not None else zlib.crc32(name.encode()) if self._named else int(name)
 
     def _mask_key(self, p: Tensor) -> int:
-        by_layer = isinstance(self.policy, Bernoulli) and self.policy.unit == "layer"
-        return zlib.crc32(layer_of(self._name(p)).encode()) if by_layer else self._tensor_key(p)
+        if isinstance(self.policy, Bernoulli) and self.policy.unit == "layer":
+            return zlib.crc32(layer_of(self._name(p), self.policy.layers).encode())
+        return self._tensor_key(p)
 
     def _check_keys(self) -> None:
         """Refuse names that random words could not tell apart."""
@@ -618,7 +748,7 @@ class MaskedAdamW(Optimizer):
                 raise ValueError(
                     "unit='layer' needs named parameters, got none; pass model.named_parameters() or param_groups(model)."
                 )
-            layers = sorted({layer_of(self._name(p)) for p in params})
+            layers = sorted({layer_of(self._name(p), self.policy.layers) for p in params})
             units = [(zlib.crc32(layer.encode()), i, layer) for i, layer in enumerate(layers)]
         seen: dict[int, tuple[int, str]] = {}
         for key, i, name in units:
@@ -651,6 +781,7 @@ class MaskedAdamW(Optimizer):
     def _remember_parameters(self) -> None:
         self._known = [list(group["params"]) for group in self.param_groups]
         self._names = None
+        self._depths = None
         self._keys_checked = False
 
     def _follow_swapped_parameters(self) -> None:

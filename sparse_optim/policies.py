@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal
@@ -37,6 +37,11 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 def _check_steps(name: str, value: object, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}; {remedy}.")
+
+
+def _check_every(every: object, remedy: str) -> None:
+    if every != "epoch":
+        _check_steps("every", every, remedy)
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,31 @@ class Schedule:
         return 2 * cycles + int(within >= self.observe)
 
 
-_NUMBERED_LAYER = re.compile(r"^(?:.*?\.)??\d+(?=\.)")
+_NUMBERED_LAYER = r"^(?:.*?\.)??\d+(?=\.)"
+_BELOW_ALL_LAYERS = re.compile(r"embed|(^|\.)(wte|wpe|shared)(\.|$)")
 
 
-def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: its name up to the first number ("encoder.layer.3"), else its module."""
-    numbered = _NUMBERED_LAYER.match(name)
-    return numbered.group() if numbered else name.rpartition(".")[0] or name
+def _numbered_layer(name: str, pattern: str | None) -> str | None:
+    found = re.search(_NUMBERED_LAYER if pattern is None else pattern, name)
+    return found.group() if found else None
+
+
+def layer_of(name: str, pattern: str | None = None) -> str:
+    """The layer that a parameter belongs to.
+
+    Its name up to the first number ("encoder.layer.3"), or what `pattern` finds in it; for a name without either, the
+    module that holds the parameter.
+    """
+    return _numbered_layer(name, pattern) or name.rpartition(".")[0] or name
+
+
+def _check_pattern(pattern: str | None) -> None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(
+            f"layers must be a regular expression, got {pattern!r} ({error}); None finds numbered layers by itself."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -101,21 +124,27 @@ class Bernoulli:
         keep: probability that an entry is selected, in (0, 1].
         unit: what is selected as a whole: "entry", "tensor", or "layer" (all tensors of a numbered layer; needs named
             parameters).
-        every: draw anew every so many steps, or "epoch": whenever `optimizer.new_epoch()` is called.
+        every: draw anew every so many steps, or "epoch": whenever `optimizer.new_epoch()` is called, which then has to
+            happen at the start of every epoch.
         rescale: divide surviving gradients by `keep`, so that their mean is that of the dense gradient. Under AdamW
             only `eps` sees it.
+        layers: regular expression whose match in a parameter's name is its layer, for `unit="layer"`; None takes the
+            name up to the first number. Parameters of neither form a layer with the others of their module.
     """
 
     keep: float
     unit: Literal["entry", "tensor", "layer"] = "entry"
     every: int | Literal["epoch"] = 1
     rescale: bool = False
+    layers: str | None = None
 
     def __post_init__(self) -> None:
+        _check_pattern(self.layers)
         _check_fraction("keep", self.keep, "to train nothing, leave the parameters out of the optimizer")
         _check_choice("unit", self.unit, ("entry", "tensor", "layer"))
-        if self.every != "epoch":
-            _check_steps("every", self.every, "use every=1 for a fresh mask at each step, or 'epoch'")
+        if self.layers is not None and self.unit != "layer":
+            raise ValueError(f"layers must be None unless unit='layer', got {self.layers!r} with unit={self.unit!r}.")
+        _check_every(self.every, "use every=1 for a fresh mask at each step, or 'epoch'")
 
     @property
     def trains_everything(self) -> bool:
@@ -123,8 +152,8 @@ class Bernoulli:
         return self.keep == 1
 
     def draw(self, clock: int, epoch: int) -> int:
-        """The number of the mask that applies after `clock` applied steps."""
-        return epoch if self.every == "epoch" else clock // self.every
+        """The number of the mask that applies after `clock` applied steps, in the `epoch`-th epoch."""
+        return epoch - 1 if self.every == "epoch" else clock // self.every
 
     def mask(self, seed: int, draw: int, key: int) -> Mask:
         """The mask of one tensor."""
@@ -144,19 +173,20 @@ class TopK:
         scope: one threshold for all tensors ("global"), or one for each ("tensor", rounded down in each).
         schedule: when to observe and when to train.
         cut: "exact", or "percentile": every entry at or above the (1 - density) percentile, found by linear
-            interpolation, as released code has it; more than k are selected when there are ties.
+            interpolation, as released code has it, or "ceil": every entry at or above the ceil(density n)-th highest.
+            Both select more when there are ties.
     """
 
     density: float
     statistic: Statistic = field(default_factory=SquaredGradient)
     scope: Literal["global", "tensor"] = "global"
     schedule: Schedule = field(default_factory=Schedule)
-    cut: Literal["exact", "percentile"] = "exact"
+    cut: Literal["exact", "percentile", "ceil"] = "exact"
 
     def __post_init__(self) -> None:
         _check_fraction("density", self.density, "to train nothing, leave the parameters out of the optimizer")
         _check_choice("scope", self.scope, ("global", "tensor"))
-        _check_choice("cut", self.cut, ("exact", "percentile"))
+        _check_choice("cut", self.cut, ("exact", "percentile", "ceil"))
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {self.schedule!r}; write Schedule(observe=n).")
         if not isinstance(self.statistic, Statistic):
@@ -189,14 +219,58 @@ class TopK:
             RuntimeError: when fewer finite scores than k are left, or a global k is 0.
         """
         selection = _Selection(statistics, backend, self.statistic.absolute, self.scope, geometries, reduce)
-        cuts = selection.cuts(self.density, percentile=self.cut == "percentile")
+        cuts = selection.cuts(self.density, self.cut)
         masks = backend.compact(
             statistics, cuts=cuts, as_bits=as_bits, absolute=self.statistic.absolute, geometries=geometries
         )
         return [Bits(mask) if as_bits else Indexed(mask) for mask in masks]
 
 
-Policy = Bernoulli | TopK
+@dataclass(frozen=True)
+class GradualUnfreezing:
+    """Train the head first, then one layer more at each stage, top layer first: a baseline of the GradDrop paper.
+
+    In stage s = 0, 1, 2, ... the s highest numbered layers train, and everything above them. Parameters outside the
+    numbered layers count as above, unless their name speaks of embeddings: these train once all layers do. The paper
+    does not give its schedule; this one is that of Howard and Ruder. Layers that do not train yet are frozen.
+
+    Args:
+        every: steps a stage lasts, or "epoch": as long as an epoch, each begun by `optimizer.new_epoch()`.
+        layers: regular expression whose match in a parameter's name is its layer; None takes the name up to the first
+            number.
+
+    References:
+        Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, ACL 2018.
+    """
+
+    every: int | Literal["epoch"] = "epoch"
+    layers: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_pattern(self.layers)
+        _check_every(self.every, "or 'epoch'")
+
+    @property
+    def trains_everything(self) -> bool:
+        """Never from the start."""
+        return False
+
+    def draw(self, clock: int, epoch: int) -> int:
+        """The stage after `clock` applied steps, in the `epoch`-th epoch."""
+        return epoch - 1 if self.every == "epoch" else clock // self.every
+
+    def depth(self, names: Iterable[str]) -> dict[str, int]:
+        """For each parameter name the first stage in which it trains."""
+        layer = {name: _numbered_layer(name, self.layers) for name in names}
+        numbers = {found: [int(n) for n in re.findall(r"\d+", found)] for found in layer.values() if found}
+        first = {found: 1 + i for i, found in enumerate(sorted(numbers, key=lambda f: (numbers[f], f), reverse=True))}
+        return {
+            name: first[found] if found else 1 + len(first) if _BELOW_ALL_LAYERS.search(name) else 0
+            for name, found in layer.items()
+        }
+
+
+Policy = Bernoulli | TopK | GradualUnfreezing
 
 
 @dataclass
@@ -213,7 +287,7 @@ class _Selection:
     geometries: Sequence[Geometry] | None
     reduce: Reduce
 
-    def cuts(self, density: float, *, percentile: bool) -> list[Cut]:
+    def cuts(self, density: float, cut: str) -> list[Cut]:
         per_tensor = self.scope == "tensor"
         rows = len(self.statistics) if per_tensor else 1
         bits = max((key_bits(s) for s in self.statistics), default=32)
@@ -222,7 +296,7 @@ class _Selection:
         for number, (width, shift) in enumerate(_rounds(bits)):
             counts = self._count(prefixes, shift=shift, width=width, per_tensor=per_tensor)
             if number == 0:
-                wanted = [self._wanted(density, row, counts, percentile) for row in range(rows)]
+                wanted = [self._wanted(density, row, counts, cut) for row in range(rows)]
             for row in range(rows):
                 digit, passed = _descend(counts[row], wanted[row] - above[row])
                 prefixes[row] = prefixes[row] << width | digit
@@ -234,20 +308,20 @@ class _Selection:
             missing = wanted[row] - above[row]
             if wanted[row] == 0:
                 cuts.append([SELECT_NOTHING] * (1 if per_tensor else len(self.statistics)))
-            elif percentile or missing == tied[row]:
+            elif cut != "exact" or missing == tied[row]:
                 cuts.append([Cut(prefixes[row], EVERY_TIE)] * (1 if per_tensor else len(self.statistics)))
             else:
                 cuts.append(self._cut_ties([row] if per_tensor else range(len(self.statistics)), prefixes[row], missing))
         return [cut for row_cuts in cuts for cut in row_cuts]
 
-    def _wanted(self, density: float, row: int, counts: Tensor, percentile: bool) -> int:
+    def _wanted(self, density: float, row: int, counts: Tensor, cut: str) -> int:
         finite = int(counts[row].sum())
         tensors = self.statistics if self.scope == "global" else self.statistics[row : row + 1]
         total = sum(s.numel() for s in tensors)
-        if percentile:
+        if cut == "percentile":
             # numpy's linear percentile lies in (lower, upper] of two neighbours, so that exactly those from upper on pass
             return finite - math.ceil((finite - 1) * ((1 - density) * 100 / 100)) if finite else 0
-        wanted = int(density * total)
+        wanted = math.ceil(density * total) if cut == "ceil" else int(density * total)
         if wanted == 0 and self.scope == "global":
             raise RuntimeError(
                 f"density must select at least one of the {total} observed entries, got {density!r}; raise the density."
