@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
@@ -99,7 +100,7 @@ class ChildTuningAdamW(MaskedAdamW):
         variant: Literal["F", "D"],
         keep: float | None = None,
         density: float | None = None,
-        observe_steps: int | None = 0,
+        observe_steps: int | None | EllipsisType = ...,
         fidelity: Fidelity = "paper",
         unselected: Unselected | None = None,
         **options: Unpack[Options],
@@ -109,16 +110,16 @@ class ChildTuningAdamW(MaskedAdamW):
         published: Unselected
         if variant == "F":
             _refuse("density", density, None, variant, "keep")
-            _refuse("observe_steps", observe_steps, 0, variant, "keep")
+            _refuse("observe_steps", observe_steps, ..., variant, "keep")
             policy = Bernoulli(0.3 if keep is None else keep, rescale=True)
             published = "zero_grad"
         elif variant == "D":
             _refuse("keep", keep, None, variant, "density")
-            _require_observe_steps(observe_steps, "variant='D'", "one pass over the training set: use len(dataloader)")
+            observe = _observe(observe_steps, "variant='D'", "one pass over the training set: use len(dataloader)")
             policy = TopK(
                 0.3 if density is None else density,
                 statistic=SquaredGradient(clip_norm=1.0 if release else None),
-                schedule=Schedule(observe=observe_steps),
+                schedule=Schedule(observe=observe),
                 cut="percentile" if release else "exact",
             )
             published = "zero_grad" if release else "frozen"
@@ -268,7 +269,7 @@ class SecondOrderAdamW(MaskedAdamW):
         amsgrad: bool = False,
         *,
         density: float = 0.005,
-        observe_steps: int | None = 0,
+        observe_steps: int | None | EllipsisType = ...,
         scope: Literal["global", "tensor"] | None = None,
         curvature: Literal["hutchinson"] | None = None,
         fidelity: Fidelity = "paper",
@@ -276,14 +277,14 @@ class SecondOrderAdamW(MaskedAdamW):
         **options: Unpack[Options],
     ) -> None:
         release = _is_release(fidelity)
-        _require_observe_steps(observe_steps, "SecondOrderAdamW", "599 batches")
+        observe = _observe(observe_steps, "SecondOrderAdamW", "599 batches")
         if curvature not in (None, "hutchinson"):
             raise ValueError(f"curvature must be None or 'hutchinson', got {curvature!r}; None is the published rule.")
         policy = TopK(
             density,
             statistic=CurvatureScaledGradient() if curvature else SignedGradient(),
             scope=scope or ("tensor" if release else "global"),
-            schedule=Schedule(observe=observe_steps),
+            schedule=Schedule(observe=observe),
         )
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
@@ -374,15 +375,16 @@ def _is_release(fidelity: str) -> bool:
 
 def _refuse(name: str, value: object, not_given: object, variant: str, instead: str) -> None:
     if value != not_given:
-        raise ValueError(f"{name} must not be given for variant={variant!r}, got {value!r}; it uses {instead}.")
+        raise ValueError(f"{name} must not be given for variant={variant!r}, got {value!r}; leave it out, or use {instead}=.")
 
 
-def _require_observe_steps(observe_steps: int | None, where: str, released: str) -> None:
-    if observe_steps == 0:
-        raise ValueError(
-            f"observe_steps must be given for {where}, got none; the released code observes {released}, or use None to "
-            "call optimizer.observe() yourself."
-        )
+def _observe(observe_steps: int | None | EllipsisType, where: str, released: str) -> int | None:
+    remedy = f"the released code observes {released}, or use None to call optimizer.observe() yourself."
+    if isinstance(observe_steps, EllipsisType):
+        raise ValueError(f"observe_steps must be given for {where}, got none; {remedy}")
+    if observe_steps is not None and (isinstance(observe_steps, bool) or not observe_steps >= 1):
+        raise ValueError(f"observe_steps must be a positive integer or None, got {observe_steps!r}; {remedy}")
+    return observe_steps
 
 
 def _stage_length(update_steps: int | None, update_ratio: float | None, total_steps: int | None) -> int:

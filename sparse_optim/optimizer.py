@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import sys
 import warnings
@@ -166,7 +167,7 @@ class MaskedAdamW(Optimizer):
             raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}; use any number in that range.")
         if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
             raise ValueError(f"state_dtype must be a floating dtype or None, got {state_dtype!r}; use torch.float32.")
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm!r}; use None for no clipping.")
         if isinstance(policy, Bernoulli) and policy.rescale and unselected == "track":
             raise ValueError(
@@ -333,8 +334,8 @@ class MaskedAdamW(Optimizer):
                     self._remap(p, state, mask.indices)
                 state["indices"] = mask.indices
         for p, state in self.state.items():
-            # not observed this time: nothing of it is selected any more
-            if p not in masks:
+            # not observed this time: nothing of it is selected any more (users may keep notes under other keys)
+            if isinstance(p, Tensor) and p not in masks:
                 if "bits" in state:
                     state["bits"] = torch.zeros_like(state["bits"])
                 elif "indices" in state:
@@ -382,7 +383,7 @@ class MaskedAdamW(Optimizer):
             grads, params = [torch.view_as_real(g) for g in grads], [torch.view_as_real(p) for p in params]
             moments = [[torch.view_as_real(m) for m in column] for column in moments]
         hyper = {
-            "lr": group["lr"],
+            "lr": _squeezed(group["lr"]),
             "beta1": group["betas"][0],
             "beta2": group["betas"][1],
             "eps": group["eps"],
@@ -451,7 +452,7 @@ class MaskedAdamW(Optimizer):
         """The parameter's state, with everything that an update under this mask needs."""
         state: dict[str, Any] = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0, dtype=_step_dtype())
+            state["step"] = torch.tensor(0.0, dtype=_step_dtype(), device="cpu")
         if self._uses_keys:
             # kept, so that a later renaming of parameters changes nothing
             state.setdefault("key", self._tensor_key(p))
@@ -660,8 +661,9 @@ class MaskedAdamW(Optimizer):
         self._follow_swapped_parameters()
         group = next((g for g in self.param_groups if any(param is p for p in g["params"])), None)
         if group is None:
+            got = f"a tensor of shape {tuple(param.shape)}" if isinstance(param, Tensor) else repr(param)
             raise ValueError(
-                f"param must be a parameter of this optimizer, got a tensor of shape {tuple(param.shape)}; "
+                f"param must be a parameter of this optimizer, got {got}; "
                 "pass the object that the model holds."
             )
         mask = self._last_mask(param, group)
@@ -763,20 +765,32 @@ class MaskedAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; it inherits the optimizer's clock. See `torch.optim.Optimizer`."""
-        misplaced = sorted(_CONSTRUCTOR_ONLY & set(param_group)) if isinstance(param_group, dict) else []
+        if isinstance(param_group, dict):
+            param_group = self._checked_group(param_group)
+        super().add_param_group(param_group)
+        self.param_groups[-1].update({name: self.param_groups[0][name] for name in (*_CLOCK, "masking")})
+        self._remember_parameters()
+
+    def _checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what a group cannot say, so that nothing is ignored."""
+        own = (*_CLOCK, "masking")
+        if "masking" in group:
+            # a group of another optimizer of ours: its clock and policy stay there
+            group = {key: value for key, value in group.items() if key not in own}
+        # groups of a torch optimizer name all switches; those that are off ask for nothing
+        asked = [key for key in group if key in own or (key in _SWITCHES and key != "foreach" and group[key])]
+        misplaced = [k for k in group if k in _CONSTRUCTOR_ONLY or (k in asked and group[k] != self.defaults[k])]
         if misplaced:
             raise ValueError(
                 f"a parameter group must override numbers and `masked` only, got {misplaced[0]!r}; "
                 "give it to the optimizer, or make a second optimizer."
             )
-        if isinstance(param_group, dict) and not isinstance(param_group.get("masked", True), bool):
+        if not isinstance(group.get("masked", True), bool):
             raise ValueError(
-                f"masked must be True or False in a parameter group, got {param_group['masked']!r}; "
+                f"masked must be True or False in a parameter group, got {group['masked']!r}; "
                 "False trains the group densely."
             )
-        super().add_param_group(param_group)
-        self.param_groups[-1].update({name: self.param_groups[0][name] for name in (*_CLOCK, "masking")})
-        self._remember_parameters()
+        return group
 
     def _remember_parameters(self) -> None:
         self._known = [list(group["params"]) for group in self.param_groups]
@@ -786,32 +800,34 @@ class MaskedAdamW(Optimizer):
 
     def _follow_swapped_parameters(self) -> None:
         """Let state follow a parameter object that somebody replaced in its group, by (group, position)."""
-        if all(
-            len(known) == len(group["params"]) and all(map(_same, known, group["params"]))
+        if len(self._known) == len(self.param_groups) and all(
+            len(known) == len(group["params"]) and all(map(operator.is_, known, group["params"]))
             for known, group in zip(self._known, self.param_groups, strict=True)
         ):
             return
-        moved: dict[Tensor, dict[str, Any]] = {}
-        for known, group in zip(self._known, self.param_groups, strict=True):
-            for old, new in zip(known, group["params"], strict=False):
-                state = self.state.get(old, {})
-                if old is new or not state:
-                    continue
-                if new.shape != old.shape or _is_dtensor(new) != _is_dtensor(old):
-                    raise RuntimeError(
-                        f"a parameter that has state must keep its shape and kind when it is replaced, got "
-                        f"{type(new).__name__} {tuple(new.shape)} for {type(old).__name__} {tuple(old.shape)}; "
-                        "shard or reshape the model before the first step."
-                    )
-                moved[new] = {
-                    key: value.to(new.device) if isinstance(value, Tensor) and key != "step" else value
-                    for key, value in state.items()
-                }
-        for known, group in zip(self._known, self.param_groups, strict=True):
-            for old, new in zip(known, group["params"], strict=False):
-                if old is not new:
-                    self.state.pop(old, None)
-        self.state.update(moved)
+        present = {p for group in self.param_groups for p in group["params"]}
+        before = {p for known in self._known for p in known}
+        swaps = [
+            (old, new)
+            # groups may have come or gone by hand, as torch allows
+            for known, group in zip(self._known, self.param_groups, strict=False)
+            # a list of another length was edited, and in an edited list parameters only change places
+            if len(known) == len(group["params"])
+            for old, new in zip(known, group["params"], strict=True)
+            if old not in present and new not in before and self.state.get(old)
+        ]
+        for old, new in swaps:
+            if new.shape != old.shape or _is_dtensor(new) != _is_dtensor(old):
+                raise RuntimeError(
+                    f"a parameter that has state must keep its shape and kind when it is replaced, got "
+                    f"{type(new).__name__} {tuple(new.shape)} for {type(old).__name__} {tuple(old.shape)}; "
+                    "shard or reshape the model before the first step."
+                )
+        for old, new in swaps:
+            self.state[new] = {
+                key: value.to(new.device) if isinstance(value, Tensor) and key != "step" else value
+                for key, value in self.state.pop(old).items()
+            }
         self._remember_parameters()
 
     def state_dict(self) -> dict[str, Any]:
@@ -865,8 +881,8 @@ class MaskedAdamW(Optimizer):
         if self._loading is not None:
             self._restore_dtypes(self._loading)
         for p_state in self.state.values():
-            if p_state and not isinstance(p_state["step"], Tensor):
-                p_state["step"] = torch.tensor(float(p_state["step"]), dtype=_step_dtype())
+            if isinstance(p_state, dict) and p_state and not isinstance(p_state["step"], Tensor):
+                p_state["step"] = torch.tensor(float(p_state["step"]), dtype=_step_dtype(), device="cpu")
         self._remember_parameters()
 
     def _restore_dtypes(self, final: dict[str, Any]) -> None:
@@ -920,10 +936,6 @@ class MaskedAdamW(Optimizer):
             )
 
 
-def _same(a: object, b: object) -> bool:
-    return a is b
-
-
 def _step_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
@@ -966,7 +978,7 @@ def _check_hyperparameters(
                 raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
             if beta.numel() != 1:
                 raise ValueError(f"Tensor betas[{i}] must be 1-element")
-    return (_squeezed(betas[0]), _squeezed(betas[1]))
+    return _squeezed(betas[0]), _squeezed(betas[1])
 
 
 def _squeezed(value: float | Tensor) -> float | Tensor:

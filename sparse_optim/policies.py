@@ -294,9 +294,10 @@ class _Selection:
         prefixes, wanted = [0] * rows, [0] * rows
         above = [0] * rows  # keys above the prefix so far
         for number, (width, shift) in enumerate(_rounds(bits)):
-            counts = self._count(prefixes, shift=shift, width=width, per_tensor=per_tensor)
+            counts = self._count(prefixes, shift=shift, width=width, per_tensor=per_tensor, totals=number == 0)
             if number == 0:
-                wanted = [self._wanted(density, row, counts, cut) for row in range(rows)]
+                wanted = [self._wanted(density, cut, int(row[:-1].sum()), int(row[-1])) for row in counts]
+                counts = counts[:, :-1]
             for row in range(rows):
                 digit, passed = _descend(counts[row], wanted[row] - above[row])
                 prefixes[row] = prefixes[row] << width | digit
@@ -314,13 +315,14 @@ class _Selection:
                 cuts.append(self._cut_ties([row] if per_tensor else range(len(self.statistics)), prefixes[row], missing))
         return [cut for row_cuts in cuts for cut in row_cuts]
 
-    def _wanted(self, density: float, row: int, counts: Tensor, cut: str) -> int:
-        finite = int(counts[row].sum())
-        tensors = self.statistics if self.scope == "global" else self.statistics[row : row + 1]
-        total = sum(s.numel() for s in tensors)
+    def _wanted(self, density: float, cut: str, finite: int, total: int) -> int:
+        """How many entries a row selects."""
         if cut == "percentile":
-            # numpy's linear percentile lies in (lower, upper] of two neighbours, so that exactly those from upper on pass
-            return finite - math.ceil((finite - 1) * ((1 - density) * 100 / 100)) if finite else 0
+            # the percentile lies between two neighbours in the order: entries from the upper one on pass, or from the
+            # lower one on where the double that says how far it lies between them is nothing but rounding
+            place = max(finite - 1, 0) * ((1 - density) * 100 / 100)
+            lower = math.floor(place)
+            return finite - (lower if place - lower <= place * 2**-50 else lower + 1)
         wanted = math.ceil(density * total) if cut == "ceil" else int(density * total)
         if wanted == 0 and self.scope == "global":
             raise RuntimeError(
@@ -342,7 +344,9 @@ class _Selection:
         per_tensor: bool,
         tensors: Sequence[int] | None = None,
         tie: int | None = None,
+        totals: bool = False,
     ) -> Tensor:
+        """Counts summed over ranks; with `totals`, a last column holds the number of entries, finite or not."""
         chosen = range(len(self.statistics)) if tensors is None else tensors
         scores = [self.statistics[i] for i in chosen]
         counts: Tensor = self.backend.histogram(
@@ -355,6 +359,10 @@ class _Selection:
             ties=None if tie is None else [tie] * len(scores),
             geometries=None if self.geometries is None else [self.geometries[i] for i in chosen],
         )
+        if totals:
+            numels = torch.tensor([score.numel() for score in scores], device=counts.device)
+            numels = numels if per_tensor else numels.sum(0, keepdim=True)
+            counts = torch.cat([counts, numels.unsqueeze(1)], dim=1)
         return self.reduce(counts).cpu()
 
     def _cut_ties(self, tensors: Sequence[int], key: int, missing: int) -> list[Cut]:
@@ -395,5 +403,5 @@ def _rounds(bits: int) -> list[tuple[int, int]]:
 def _descend(counts: Tensor, wanted: int) -> tuple[int, int]:
     """From the highest bin down, the bin that holds the `wanted`-th entry, and how many entries lie above it."""
     reached = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(reached, torch.tensor(max(wanted, 1))).clamp(max=counts.numel() - 1))
+    place = int(torch.searchsorted(reached, reached.new_tensor(max(wanted, 1))).clamp(max=counts.numel() - 1))
     return counts.numel() - 1 - place, int(reached[place - 1]) if place else 0

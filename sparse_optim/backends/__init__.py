@@ -30,6 +30,11 @@ def check(backend: str, *, fused: bool | None, foreach: bool | None, differentia
     """
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}; use backend='auto'.")
+    # torch's own words, which programs match on
+    if fused and differentiable:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if fused and foreach:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if backend in _MISSING:
         raise RuntimeError(f"backend={backend!r} cannot be used: {_MISSING[backend]}; use backend='auto'.")
     if fused:

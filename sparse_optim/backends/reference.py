@@ -234,6 +234,8 @@ def _adamw_entries(
         max_exp_avg_sq.copy_(torch.maximum(previous, exp_avg_sq))
         largest = max_exp_avg_sq
     step_size = lr / (1 - beta1**step)
+    if isinstance(step_size, Tensor) and not differentiable:
+        step_size = step_size.item()
     denom = (largest.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
     if isinstance(step_size, Tensor):
         param.sub_(step_size * (exp_avg / denom))
@@ -299,17 +301,16 @@ def adamw_(
         rescale: factor on the gradient of selected entries; 1 / keep keeps its mean.
         rounding: rounds bfloat16 parameters stochastically; `threshold` is not used.
     """
-    lr, beta1, beta2 = _numbers(lr, beta1, beta2, differentiable=differentiable)
+    beta1, beta2 = _numbers(beta1, beta2, differentiable=differentiable)
     for i, param in enumerate(params):
         steps[i].add_(1)
         dtype = _arithmetic_dtype(param)
         grad = _prepare_grad(grads[i], dtype, maximize, grad_scale)
         selected = _selected(i, param, geometries, bits, seeded, scores, cuts)
-        if selected is not None:
-            if rescale != 1.0:
-                grad = grad * rescale
-            if unselected == "zero_grad":
-                grad = torch.where(selected, grad, 0.0)
+        if rescale != 1.0:
+            grad = grad * rescale if selected is None else torch.where(selected, grad * rescale, grad)
+        if selected is not None and unselected == "zero_grad":
+            grad = torch.where(selected, grad, 0.0)
         stored = [param, exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1]]
         keeps = [selected is not None and unselected != "zero_grad"]
         keeps += [selected is not None and unselected == "frozen"] * (len(stored) - 1)
@@ -372,7 +373,7 @@ def adamw_indexed_(
         ages: [nnz] int32 updates that each entry has seen, counted up here, or empty: then `steps` counts for all.
         steps: 0-dim, counted up by one here.
     """
-    lr, beta1, beta2 = _numbers(lr, beta1, beta2, differentiable=differentiable)
+    beta1, beta2 = _numbers(beta1, beta2, differentiable=differentiable)
     for i, param in enumerate(params):
         steps[i].add_(1)
         where = indices[i].long()
@@ -555,14 +556,12 @@ def remap_(old: Tensor, new: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         [new nnz] each: entries in both lists keep their value bit for bit, newcomers start at zero.
     """
-    place = torch.searchsorted(old, new).clamp_(max=max(old.numel() - 1, 0))
-    stays = old[place] == new if old.numel() else torch.zeros_like(new, dtype=torch.bool)
-    results = []
-    for state in states:
-        carried = torch.zeros(new.numel(), dtype=state.dtype, device=state.device)
-        carried[stays] = state[place[stays]]
-        results.append(carried)
-    return results
+    if not old.numel():
+        return [state.new_zeros(new.numel()) for state in states]
+    place = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
+    stays = old[place] == new
+    # not an assignment through the mask: with one value that is a fill, which changes the bits of a NaN
+    return [torch.where(stays, state[place], torch.zeros_like(state[:1])) for state in states]
 
 
 def gather_(buffers: Sequence[Tensor], tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:

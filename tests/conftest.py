@@ -1,0 +1,46 @@
+"""What every test runs under: one thread, one seed, and memory that nobody has written yet is poison."""
+
+import functools
+import random
+import sys
+
+import numpy
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _poisoned(allocate):
+    """`allocate`, filled with NaN, True or the largest integer when called from inside the package."""
+
+    @functools.wraps(allocate)
+    def poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling() or kwargs.get("out") is not None:
+            return tensor
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] == "sparse_optim":
+            if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+                tensor.fill_(float("nan"))
+            else:
+                tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialized_memory(monkeypatch):
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
