@@ -17,13 +17,18 @@ import subprocess
 import sys
 from typing import Any
 
-from setuptools import setup
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"error: sparse_optim needs setuptools>=77 to be built, got {setuptools.__version__}; "
+        "run `python -m pip install --upgrade setuptools` first."
+    )
 
 WANTED = os.environ.get("SPARSE_OPTIM_BUILD_EXT", "")
 # setup.py also runs for the metadata alone, where a warning would be a repetition
-BUILDING = not {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}.isdisjoint(
-    sys.argv
-)
+BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
+BUILDING = not BUILD_COMMANDS.isdisjoint(sys.argv)
 # the oldest torch whose stable interface the library uses; one build serves this and every later version
 TORCH_TARGET = 0x020A000000000000
 # contracting a * b + c into one rounding would make scores, and so masks, differ between backends
@@ -109,4 +114,4 @@ def native() -> dict[str, Any]:
     }
 
 
-setup(**native())
+setuptools.setup(**native())

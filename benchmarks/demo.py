@@ -288,7 +288,7 @@ def save_figure(rows: Sequence[Summary], caption: str, path: Path) -> None:
         axis.barh(names, values, color=colors)
         for place, value in enumerate(values):
             axis.annotate(
-                f"{value:.1f}",
+                f"{value:.1f}" if value < 100 else f"{value:.0f}",
                 (ends[place] if ends else value, place),
                 xytext=(4, 0),
                 textcoords="offset points",
@@ -311,16 +311,16 @@ def footnotes(rows: Sequence[Summary], task: Task, seeds: int) -> str:
     """What a reader has to know before comparing the rows."""
     n, steps = task.steps_per_epoch, task.epochs * task.steps_per_epoch
     error = max((row.accuracy * (100 - row.accuracy) / task.tested) ** 0.5 for row in rows)
-    rates = ", ".join(f"{row.lr:g} ({row.name})" for row in rows)
+    rates = "; ".join(f"{row.name} {row.lr:g}" for row in rows)
     observers = [row for row in rows if row.observe_seconds is not None]
-    observing = ", ".join(f"{row.observe_seconds:.1f} s a seed ({row.name})" for row in observers)
+    observing = "; ".join(f"{row.name} {row.observe_seconds:.1f} s a seed" for row in observers)
     notes = [
         f"Every row makes the same {steps} step() calls per seed: {task.epochs} passes over {task.examples} "
         f"examples in batches of {BATCH_SIZE}.",
-        f"Learning rates, chosen on validation questions and falling linearly to zero: {rates}.",
+        f"Learning rates, chosen on validation questions, falling linearly to zero: {rates}.",
         f"Rows that select by gradients only observe in their first {n} step() calls: no weight moves, no "
         f"pass is added, and {steps - n} steps are left to train where the others have {steps}. "
-        f"Observing and selecting took {observing}.",
+        f"What observing and selecting took: {observing}.",
         '"ms a step" is the median of optimizer.step() alone, over the steps that move weights. Other '
         "programs on the machine disturb it; benchmarks.baselines measures speed properly.",
         '"state" is what the optimizer keeps between steps at the end, "at most" includes observing.',

@@ -23,7 +23,6 @@ from . import backends
 from .backends.reference import (
     CONTROL_DRAWS,
     MASK_DRAWS,
-    ONE_WORD,
     WEIGHT_ROUNDING_DRAWS,
     Draws,
     purpose_draw,
@@ -407,11 +406,7 @@ class MaskedAdamW(Optimizer):
             selection = {"bits": column("bits")}
         elif isinstance(first, Seeded):
             assert isinstance(self.policy, Bernoulli)
-            keys = [mask.key for mask in masks if isinstance(mask, Seeded)]
-            selection = {
-                "seeded": Draws(first.seed, purpose_draw(MASK_DRAWS, first.draw), first.threshold, keys),
-                "geometries": [ONE_WORD if first.one_word else whole(p) for p in params],
-            }
+            selection = {"seeded": _draws([mask for mask in masks if isinstance(mask, Seeded)])}
             rescale = 1 / self.policy.keep if self.policy.rescale else 1.0
         rounding = None
         if self.stochastic_rounding and params[0].dtype == torch.bfloat16:
@@ -634,7 +629,8 @@ class MaskedAdamW(Optimizer):
 
     def _signs(self, p: Tensor, draw: int) -> Tensor:
         key, number = self._tensor_key(p), purpose_draw(CONTROL_DRAWS, draw)
-        heads = seeded_mask(self._number("seed"), number, 1 << 31, key, p.numel(), whole(p), p.device)
+        coin = Draws(self._number("seed"), number, 1 << 31, [key])
+        heads = seeded_mask(coin, 0, p.numel(), whole(p), p.device)
         return 2 * heads.view(p.shape).to(torch.int8) - 1
 
     def _require_explicit(self, method: str) -> None:
@@ -673,11 +669,7 @@ class MaskedAdamW(Optimizer):
         if isinstance(mask, Indexed):
             selected[mask.indices.long()] = True
         elif isinstance(mask, Seeded):
-            geometry = ONE_WORD if mask.one_word else whole(param)
-            draw = purpose_draw(MASK_DRAWS, mask.draw)
-            selected = seeded_mask(
-                mask.seed, draw, mask.threshold, mask.key, param.numel(), geometry, param.device
-            )  # fmt: skip
+            selected = seeded_mask(_draws([mask]), 0, param.numel(), whole(param), param.device)
         return selected.view(param.shape)
 
     def _last_mask(self, p: Tensor, group: dict[str, Any]) -> Mask:
@@ -934,6 +926,13 @@ class MaskedAdamW(Optimizer):
                 f"a masked parameter must be real, got {p.dtype} for {self._name(p)!r}; "
                 "put it in a group with masked=False."
             )
+
+
+def _draws(masks: list[Seeded]) -> Draws:
+    """Masks of one draw in the form in which backends take them."""
+    first = masks[0]
+    draw = purpose_draw(MASK_DRAWS, first.draw)
+    return Draws(first.seed, draw, first.threshold, [mask.key for mask in masks], first.one_word)
 
 
 def _step_dtype() -> torch.dtype:

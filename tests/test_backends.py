@@ -23,7 +23,6 @@ from sparse_optim.backends import reference
 from sparse_optim.backends.reference import (
     EVERY_TIE,
     MASK_DRAWS,
-    ONE_WORD,
     SELECT_NOTHING,
     STATISTIC_ROUNDING_DRAWS,
     WEIGHT_ROUNDING_DRAWS,
@@ -586,7 +585,7 @@ def test_a_mask_of_one_word_still_rounds_every_entry_by_itself(backend):
     backend.adamw_(
         [param], [grad], [torch.zeros(n)], [torch.zeros(n)], [], [torch.zeros(())],
         lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0,
-        seeded=Draws(1, 0, 2**32, [5]), geometries=[ONE_WORD], rounding=Draws(1, 1 << 28, 0, [5]),
+        seeded=Draws(1, 0, 2**32, [5], one_word=True), rounding=Draws(1, 1 << 28, 0, [5]),
     )  # fmt: skip
     moved = int((param != 1).sum())
     assert 0 < moved < n, f"{moved} of {n} equal entries were rounded down"
@@ -1003,10 +1002,9 @@ def check_seeded(backend, numel, geometry):
 @pytest.mark.parametrize(("numel", "geometry"), SEEDED_GEOMETRIES)
 def test_a_drawn_mask_depends_on_global_indices_alone(backend, numel, geometry):
     check_seeded(backend, numel, geometry)
-    seeded = (5, 6, 2**31, 7, numel, geometry, CPU)
-    assert np.array_equal(
-        reference.seeded_mask(*seeded).numpy(), drawn(backend, Draws(5, 6, 2**31, [7]), numel, geometry)
-    )
+    seeded = Draws(5, 6, 2**31, [7])
+    expected = reference.seeded_mask(seeded, 0, numel, geometry, CPU).numpy()
+    assert np.array_equal(expected, drawn(backend, seeded, numel, geometry))
 
 
 BLOCKS = named(
@@ -1091,7 +1089,7 @@ def test_purposes_never_share_a_draw():
 def test_one_word_selects_all_or_nothing_by_the_word_of_entry_zero(backend):
     outcomes = set()
     for key in range(20):
-        mask = drawn(backend, Draws(31, 32, 2**31, [key]), 1500, ONE_WORD)
+        mask = drawn(backend, Draws(31, 32, 2**31, [key], one_word=True), 1500, whole(1500))
         expected = word_exact(31, 32, key, 0) < 2**31
         assert mask.all() == expected and mask.any() == expected
         outcomes.add(expected)

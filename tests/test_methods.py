@@ -1,7 +1,7 @@
-"""Every published method does what its paper, or its release, says: oracles followed step by step, invariants, controls.
+"""Every published method does what its paper, or its release, says: oracles, invariants, controls.
 
-The oracles (tests/oracles) are float64 NumPy written from the methods' descriptions; the models here are float64, so
-that scores have digits to spare over the float32 statistics of the package.
+The oracles (tests/oracles) are float64 NumPy written from the methods' descriptions, and followed step by step.
+Models are float64 too, so that scores have digits to spare over the float32 statistics of the package.
 """
 
 import io
@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_optim import (
     Bernoulli,
@@ -58,8 +59,10 @@ class TinyTransformer(nn.Module):
 
     def forward(self, tokens):
         hidden = self.embeddings(tokens)
-        for layer in self.encoder.layer:
-            hidden = layer(hidden)
+        # the fused attention of the CPU cannot be differentiated twice
+        with sdpa_kernel(SDPBackend.MATH):
+            for layer in self.encoder.layer:
+                hidden = layer(hidden)
         return self.classifier(hidden[:, 0])
 
 
@@ -113,25 +116,42 @@ def assert_same_weights(model, oracle, where):
         )
 
 
+LAYERS = 3
+
+
 def tiny(family):
-    """A transformers model with few entries: bert, gpt2 and llama with a fresh head; or an LM with a tied one."""
+    """A small transformers model: bert, gpt2 and llama have a fresh head, their "_lm" a tied one."""
     transformers = pytest.importorskip("transformers")
     small = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     if family.startswith("bert"):
         config = transformers.BertConfig(
-            **small, hidden_size=8, num_hidden_layers=12, num_attention_heads=2, intermediate_size=12,
+            **small, hidden_size=8, num_hidden_layers=LAYERS, num_attention_heads=2, intermediate_size=12,
             max_position_embeddings=10, num_labels=3,
         )  # fmt: skip
-        kind = transformers.BertForMaskedLM if family == "bert_lm" else transformers.BertForSequenceClassification
+        kind = (
+            transformers.BertForMaskedLM
+            if family == "bert_lm"
+            else transformers.BertForSequenceClassification
+        )
     elif family.startswith("gpt2"):
-        config = transformers.GPT2Config(**small, n_embd=8, n_layer=12, n_head=2, n_positions=10, num_labels=3)
-        kind = transformers.GPT2LMHeadModel if family == "gpt2_lm" else transformers.GPT2ForSequenceClassification
+        config = transformers.GPT2Config(
+            **small, n_embd=8, n_layer=LAYERS, n_head=2, n_positions=10, num_labels=3
+        )
+        kind = (
+            transformers.GPT2LMHeadModel
+            if family == "gpt2_lm"
+            else transformers.GPT2ForSequenceClassification
+        )
     else:
         config = transformers.LlamaConfig(
-            **small, hidden_size=8, num_hidden_layers=12, num_attention_heads=2, num_key_value_heads=2,
+            **small, hidden_size=8, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=2,
             intermediate_size=12, max_position_embeddings=10, num_labels=3, tie_word_embeddings=True,
         )  # fmt: skip
-        kind = transformers.LlamaForCausalLM if family == "llama_lm" else transformers.LlamaForSequenceClassification
+        kind = (
+            transformers.LlamaForCausalLM
+            if family == "llama_lm"
+            else transformers.LlamaForSequenceClassification
+        )
     return kind(config)
 
 
@@ -145,13 +165,14 @@ def give_gradients(params, seed=0):
 def named(shapes, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in shapes.items()
+        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for name, shape in shapes.items()
     }
 
 
 def bits_of(*tensors):
     """Copies to compare later, NaN payloads and signed zeros included."""
-    return [t.detach().clone().view(torch.uint8) for t in tensors]
+    return [t.detach().clone().reshape(-1).view(torch.uint8) for t in tensors]
 
 
 def same_bits(left, right):
@@ -185,7 +206,11 @@ def test_second_order_follows_its_oracle(fidelity, density, observe):
         assert_same_weights(model, oracle, number)
     # float32 statistics could not have gone wrong by rounding, and there was something to select and to leave
     assert oracle.gap > 1e-5
-    assert 0 < sum(mask.sum() for mask in oracle.selected.values()) < sum(m.size for m in oracle.selected.values())
+    assert (
+        0
+        < sum(mask.sum() for mask in oracle.selected.values())
+        < sum(m.size for m in oracle.selected.values())
+    )
 
 
 @pytest.mark.parametrize("fidelity", ["paper", "release"])
@@ -288,7 +313,7 @@ QUADRATICS = [(7, 3), (9, 4), (10, 2)]
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("observe", [1, 3], ids=["one_batch", "three_batches"])
 def test_curvature_selects_the_optimal_set_of_a_quadratic(n, k, seed, observe):
-    """Theorem 3: with a diagonal positive Hessian the best k entries to train are those with the largest g^2 / h."""
+    """With a diagonal positive Hessian the best k entries to train are those with the largest g^2 / h."""
     generator = torch.Generator().manual_seed(seed)
     gradients = torch.randn(observe, n, generator=generator, dtype=torch.float64)
     curvatures = torch.randn(observe, n, generator=generator, dtype=torch.float64).mul(1.5).exp()
@@ -360,7 +385,9 @@ def test_observing_curvature_leaves_gradients_alone():
         loss_of(m, 0).backward()
         m.classifier.weight.grad = None
     loss = loss_of(model, 1)
-    held = {name: (p.grad, None if p.grad is None else bits_of(p.grad)) for name, p in model.named_parameters()}
+    held = {
+        name: (p.grad, None if p.grad is None else bits_of(p.grad)) for name, p in model.named_parameters()
+    }
     optimizer.observe_curvature(loss)
     for name, p in model.named_parameters():
         assert p.grad is held[name][0]
@@ -391,7 +418,9 @@ def curved(**options):
 def test_curvature_for_a_policy_that_ignores_it_is_an_error(make):
     params = named({"layer.0.weight": (4, 3)})
     optimizer = make(params.items())
-    with pytest.raises(RuntimeError, match=r"needs a TopK policy with CurvatureScaledGradient, got policy=.*hutchinson"):
+    with pytest.raises(
+        RuntimeError, match=r"needs a TopK policy with CurvatureScaledGradient, got policy=.*hutchinson"
+    ):
         optimizer.observe_curvature(params["layer.0.weight"].square().sum())
 
 
@@ -409,7 +438,9 @@ def test_selecting_without_curvature_is_an_error_before_anything_moves(explicit)
     give_gradients(params.values())
     if explicit:
         optimizer.observe()
-    with pytest.raises(RuntimeError, match=r"needs the curvature .* got none for 'weight'; call optimizer.observe_curv"):
+    with pytest.raises(
+        RuntimeError, match=r"needs the curvature .* got none for 'weight'; call optimizer.observe_curv"
+    ):
         optimizer.step()
     assert same_bits(bits_of(*params.values()), before)
     # what the message asks for repairs it
@@ -444,8 +475,12 @@ GRAD_DROPS = {
 grad_drops = pytest.mark.parametrize(("granularity", "refresh"), GRAD_DROPS.values(), ids=GRAD_DROPS)
 
 
-@grad_drops
-@pytest.mark.parametrize("rescale", [False, True], ids=["as_is", "rescaled"])
+@pytest.mark.parametrize(
+    ("granularity", "refresh", "rescale"),
+    [(*variant, False) for variant in GRAD_DROPS.values()]
+    + [("entry", "step", True), ("layer", "epoch", True)],
+    ids=[*GRAD_DROPS, "entry_every_step_rescaled", "layer_every_epoch_rescaled"],
+)
 def test_grad_drop_follows_its_oracle(granularity, refresh, rescale):
     model, groups, known = start("grad_drop")
     # an eps that rescaling can be seen against
@@ -512,14 +547,14 @@ def units(rows):
 
 # what forms a unit: a numbered layer, or the module that holds the parameter
 FAMILIES = {
-    "bert": (r"bert\.encoder\.layer\.\d+\.", 12),
-    "gpt2_lm": (r"transformer\.h\.\d+\.", 12),
-    "llama_lm": (r"model\.layers\.\d+\.", 12),
+    "bert": r"bert\.encoder\.layer\.\d+\.",
+    "gpt2_lm": r"transformer\.h\.\d+\.",
+    "llama_lm": r"model\.layers\.\d+\.",
 }
 
 
-@pytest.mark.parametrize(("family", "layer", "layers"), [(f, *row) for f, row in FAMILIES.items()], ids=FAMILIES)
-def test_all_tensors_of_a_layer_share_its_decision(family, layer, layers):
+@pytest.mark.parametrize(("family", "layer"), FAMILIES.items(), ids=FAMILIES)
+def test_all_tensors_of_a_layer_share_its_decision(family, layer):
     model = tiny(family)
     params = dict(model.named_parameters())
     optimizer = GradDropAdamW(params.items(), keep=0.5, granularity="layer")
@@ -527,30 +562,28 @@ def test_all_tensors_of_a_layer_share_its_decision(family, layer, layers):
     for name in params:
         found = re.match(layer, name)
         expected.setdefault(found.group() if found else name.rpartition(".")[0], set()).add(name)
-    assert sum(bool(re.match(layer, unit)) for unit in expected) == layers
-    # 40 draws: two of about 17 units agree on all by chance with probability 1e-10
-    rows = decisions(optimizer, params, 40)
+    assert sum(bool(re.match(layer, unit)) for unit in expected) == LAYERS
+    # two of about 9 units agree on all 20 draws by chance with probability 4e-5
+    rows = decisions(optimizer, params, 20)
     assert units(rows) == {frozenset(names) for names in expected.values()}
-    kept = sum(row[next(iter(names))] for row in rows for names in expected.values()) / (40 * len(expected))
-    assert 0.4 < kept < 0.6
-
-
-def test_bert_embeddings_and_pooler_form_layers_of_their_own():
-    params = dict(tiny("bert").named_parameters())
-    rows = decisions(GradDropAdamW(params.items(), keep=0.5, granularity="layer"), params, 40)
-    outside = {unit for unit in units(rows) if not any(".layer." in name for name in unit)}
-    assert outside == {
-        frozenset({"bert.embeddings.word_embeddings.weight"}),
-        frozenset({"bert.embeddings.position_embeddings.weight"}),
-        frozenset({"bert.embeddings.token_type_embeddings.weight"}),
-        frozenset({"bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"}),
-        frozenset({"bert.pooler.dense.weight", "bert.pooler.dense.bias"}),
-        frozenset({"classifier.weight", "classifier.bias"}),
-    }
+    kept = sum(row[next(iter(names))] for row in rows for names in expected.values()) / (20 * len(expected))
+    assert 0.35 < kept < 0.65
+    if family == "bert":
+        outside = {unit for unit in units(rows) if not any(".layer." in name for name in unit)}
+        assert outside == {
+            frozenset({"bert.embeddings.word_embeddings.weight"}),
+            frozenset({"bert.embeddings.position_embeddings.weight"}),
+            frozenset({"bert.embeddings.token_type_embeddings.weight"}),
+            frozenset({"bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"}),
+            frozenset({"bert.pooler.dense.weight", "bert.pooler.dense.bias"}),
+            frozenset({"classifier.weight", "classifier.bias"}),
+        }
 
 
 def test_layers_can_be_said_by_a_regular_expression():
-    params = named({f"{side}.block_{i}.{x}": (3, 2) for side in ("enc", "dec") for i in "ab" for x in ("w", "v.w")})
+    params = named(
+        {f"{side}.block_{i}.{x}": (3, 2) for side in ("enc", "dec") for i in "ab" for x in ("w", "v.w")}
+    )
     params |= named({"head.w": (2,), "head.b": (2,)})
 
     def found(layers):
@@ -565,9 +598,7 @@ def test_layers_can_be_said_by_a_regular_expression():
         tuple(sorted(name for name in params if name.startswith(side))) for side in ("enc", "dec")
     }
     # without it no number is found, and the modules that hold the parameters are the layers
-    assert found(None) == outside | {
-        (name,) for name in params if not name.startswith("head")
-    }
+    assert found(None) == outside | {(name,) for name in params if not name.startswith("head")}
 
 
 @pytest.mark.parametrize("granularity", ["entry", "layer"])
@@ -576,7 +607,9 @@ def test_a_missing_new_epoch_is_an_error_that_says_so_before_any_weight_moves(gr
     before = bits_of(*params.values())
     optimizer = GradDropAdamW(params.items(), keep=0.5, granularity=granularity, refresh="epoch")
     give_gradients(params.values())
-    with pytest.raises(RuntimeError, match=r"optimizer\.new_epoch\(\) at the start of every epoch.*got no call; call it"):
+    with pytest.raises(
+        RuntimeError, match=r"optimizer\.new_epoch\(\) at the start of every epoch.*got no call; call it"
+    ):
         optimizer.step()
     assert same_bits(bits_of(*params.values()), before)
     assert not optimizer.state
@@ -590,7 +623,14 @@ def test_rescaling_under_adamw_is_seen_by_eps_only(granularity, refresh):
     def weights(rescale, eps):
         model, groups, _ = start("grad_drop")
         optimizer = GradDropAdamW(
-            groups, lr=2e-3, eps=eps, keep=0.4, rescale=rescale, granularity=granularity, refresh=refresh, seed=3
+            groups,
+            lr=2e-3,
+            eps=eps,
+            keep=0.4,
+            rescale=rescale,
+            granularity=granularity,
+            refresh=refresh,
+            seed=3,
         )
         for number in range(20):
             if number % 7 == 0:
@@ -600,7 +640,8 @@ def test_rescaling_under_adamw_is_seen_by_eps_only(granularity, refresh):
             optimizer.step()
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    torch.testing.assert_close(weights(True, 1e-30), weights(False, 1e-30), rtol=1e-7, atol=1e-9)
+    # steps are 2e-3 long. A smaller eps would train the keys' biases on gradients that are rounding errors
+    torch.testing.assert_close(weights(True, 1e-11), weights(False, 1e-11), rtol=0, atol=1e-7)
     assert (weights(True, 1e-2) - weights(False, 1e-2)).abs().max() > 1e-4
 
 
@@ -710,7 +751,9 @@ def test_gradual_unfreezing_refuses_unnamed_parameters_before_any_weight_moves()
     before = bits_of(*params)
     optimizer = MaskedAdamW(params, policy=GradualUnfreezing(every=2))
     give_gradients(params)
-    with pytest.raises(ValueError, match=r"GradualUnfreezing needs named parameters, got none; pass model\.named_param"):
+    with pytest.raises(
+        ValueError, match=r"GradualUnfreezing needs named parameters, got none; pass model\.named_param"
+    ):
         optimizer.step()
     assert same_bits(bits_of(*params), before)
 
@@ -734,12 +777,18 @@ DEPTHS = {
         {"transformer.ln_f.weight", "transformer.ln_f.bias", "score.weight"},
         r"^transformer\.w[tp]e\.",
     ),
-    "gpt2_lm": (r"h\.(\d+)\.", {"transformer.ln_f.weight", "transformer.ln_f.bias"}, r"^transformer\.w[tp]e\."),
+    "gpt2_lm": (
+        r"h\.(\d+)\.",
+        {"transformer.ln_f.weight", "transformer.ln_f.bias"},
+        r"^transformer\.w[tp]e\.",
+    ),
     "llama": (r"layers\.(\d+)\.", {"model.norm.weight", "score.weight"}, r"^model\.embed_tokens\."),
 }
 
 
-@pytest.mark.parametrize(("family", "layer", "head", "bottom"), [(f, *d) for f, d in DEPTHS.items()], ids=DEPTHS)
+@pytest.mark.parametrize(
+    ("family", "layer", "head", "bottom"), [(f, *d) for f, d in DEPTHS.items()], ids=DEPTHS
+)
 def test_depth_counts_layers_from_the_top(family, layer, head, bottom):
     names = [name for name, _ in tiny(family).named_parameters()]
     depth = GradualUnfreezing().depth(names)
@@ -748,10 +797,10 @@ def test_depth_counts_layers_from_the_top(family, layer, head, bottom):
     for name, stage in depth.items():
         found = re.search(layer, name)
         if found:
-            assert stage == 12 - int(found.group(1)), name
+            assert stage == LAYERS - int(found.group(1)), name
         elif name not in head:
             assert re.search(bottom, name), name
-            assert stage == 13, name
+            assert stage == LAYERS + 1, name
 
 
 def test_depth_follows_an_override_of_layers():
@@ -770,11 +819,14 @@ DPS_SHAPES = {"layer.0.weight": (9, 7), "layer.1.weight": (31, 5), "layer.1.bias
 @pytest.mark.parametrize("u", [1, 2, 3, 5])
 def test_dps_alternates_u_dense_steps_and_u_sparse_ones(u, fidelity):
     params = named(DPS_SHAPES)
-    optimizer = DPSAdamW(params.items(), lr=0.01, variant="dense", update_steps=u, density=0.7, fidelity=fidelity)
+    optimizer = DPSAdamW(
+        params.items(), lr=0.01, variant="dense", update_steps=u, density=0.7, fidelity=fidelity
+    )
     rounded = {
         "paper": {"layer.0.weight": 44, "layer.1.weight": 108, "layer.1.bias": 7},
         "release": {"layer.0.weight": 45, "layer.1.weight": 109, "layer.1.bias": 8},
     }[fidelity]
+    last = {}
     for t in range(1, 6 * u + 1):
         give_gradients(params.values(), seed=t)
         before = {name: p.detach().clone() for name, p in params.items()}
@@ -797,7 +849,9 @@ def test_dps_alternates_u_dense_steps_and_u_sparse_ones(u, fidelity):
 @pytest.mark.parametrize("fidelity", ["paper", "release"])
 def test_dps_sums_squares_anew_in_each_stage_one(fidelity):
     u, params = 3, named(DPS_SHAPES)
-    optimizer = DPSAdamW(params.items(), lr=0.01, variant="dense", update_steps=u, density=0.4, fidelity=fidelity)
+    optimizer = DPSAdamW(
+        params.items(), lr=0.01, variant="dense", update_steps=u, density=0.4, fidelity=fidelity
+    )
     sums = {}
     for number in range(4 * 2 * u):
         give_gradients(params.values(), seed=number)
@@ -837,7 +891,7 @@ def test_update_ratio_gives_the_stages_of_the_scripts(total, u):
 BAD_STAGES = {
     "ratio_of_too_few_steps": (
         {"update_ratio": 0.05, "total_steps": 19},
-        r"^update_ratio must .* at least one step, got 0 .*0\.05 of 19; raise update_ratio, or give update_steps",
+        r"^update_ratio must .* at least one step, got 0 .*0\.05 of 19; raise update_ratio, or give",
     ),
     "total_steps_unknown": (
         {"update_ratio": 0.05, "total_steps": -1},
@@ -845,10 +899,13 @@ BAD_STAGES = {
     ),
     "steps_and_ratio": (
         {"update_ratio": 0.05, "total_steps": 100, "update_steps": 5},
-        r"^update_steps must come alone, got 5 with update_ratio=0\.05 and total_steps=100; give one or the other",
+        r"^update_steps must come alone, got 5 with update_ratio=0\.05 and total_steps=100; give one",
     ),
     "steps_and_total": ({"update_steps": 5, "total_steps": 100}, r"^update_steps must come alone, got 5"),
-    "steps_and_only_ratio": ({"update_steps": 5, "update_ratio": 0.05}, r"^update_steps must come alone, got 5"),
+    "steps_and_only_ratio": (
+        {"update_steps": 5, "update_ratio": 0.05},
+        r"^update_steps must come alone, got 5",
+    ),
     "nothing": ({}, r"^update_steps must be given, got none; or give update_ratio=0\.05 and total_steps="),
     "ratio_alone": ({"update_ratio": 0.05}, r"^update_steps must be given, got none; or give update_ratio"),
     "total_alone": ({"total_steps": 100}, r"^update_steps must be given, got none; or give update_ratio"),
@@ -928,7 +985,9 @@ def test_dps_costs_4_bytes_a_weight_more_while_it_observes_and_an_eighth_after(f
 CONTROL_SHAPES = {"a": (31, 20), "b": (31, 20), "c": (7, 3), "d": (5,)}
 
 
-def selected_by(statistic, *, density=0.1, scope="global", seed=0, gradients=0, observe=2, meanwhile="nothing", lr=0.01):
+def selected_by(
+    statistic, *, density=0.1, scope="global", seed=0, gradients=0, observe=2, meanwhile="nothing", lr=0.01
+):
     """The masks of one selection, and the gradients that were observed before it."""
     params = named(CONTROL_SHAPES)
     optimizer = MaskedAdamW(
@@ -955,7 +1014,9 @@ def top(scores, density, scope):
     """The exact top of float64 scores, by sorting."""
     if scope == "tensor":
         return {
-            name: top({name: score}, density, "global")[name] if int(density * score.numel()) else score.isnan()
+            name: top({name: score}, density, "global")[name]
+            if int(density * score.numel())
+            else score.isnan()
             for name, score in scores.items()
         }
     flat = torch.cat([score.flatten() for score in scores.values()])
@@ -981,7 +1042,9 @@ def test_a_random_score_selects_exactly_k_by_its_seed_alone(scope, density):
     masks, _ = selected_by(RandomScore(), density=density, scope=scope)
     assert counts_are_exact(masks, density, scope)
     assert same_masks(selected_by(RandomScore(), density=density, scope=scope)[0], masks)
-    other_gradients = selected_by(RandomScore(), density=density, scope=scope, gradients=1, observe=3, lr=0.5)[0]
+    other_gradients = selected_by(
+        RandomScore(), density=density, scope=scope, gradients=1, observe=3, lr=0.5
+    )[0]
     assert same_masks(other_gradients, masks)
     assert not same_masks(selected_by(RandomScore(), density=density, scope=scope, seed=1)[0], masks)
     # tensors of the same shape have masks of their own
@@ -1005,7 +1068,9 @@ def test_a_random_score_favours_no_place():
 def test_magnitude_selects_the_largest_weights_when_observation_begins(scope, meanwhile):
     # with this lr three steps reorder the weights
     masks, _ = selected_by(Magnitude(), scope=scope, meanwhile=meanwhile, lr=0.3, observe=3)
-    assert same_masks(masks, top({name: p.detach().abs() for name, p in named(CONTROL_SHAPES).items()}, 0.1, scope))
+    assert same_masks(
+        masks, top({name: p.detach().abs() for name, p in named(CONTROL_SHAPES).items()}, 0.1, scope)
+    )
     # not at all what the gradients say
     assert not same_masks(masks, selected_by(SquaredGradient(), scope=scope)[0])
 
@@ -1034,13 +1099,17 @@ def test_lowest_magnitude_and_lowest_random_score_turn_their_rankings_round():
     lowest, _ = selected_by(Lowest(Magnitude()), density=0.25)
     assert same_masks(lowest, top({name: -w for name, w in weights.items()}, 0.25, "global"))
     # the two ends of one permutation share nothing and leave nothing out
-    low, high = (selected_by(statistic, density=0.5)[0] for statistic in (Lowest(RandomScore()), RandomScore()))
+    low, high = (
+        selected_by(statistic, density=0.5)[0] for statistic in (Lowest(RandomScore()), RandomScore())
+    )
     assert all(torch.equal(low[name], ~high[name]) for name in low)
 
 
 def test_lowest_of_a_curvature_scaled_gradient_selects_the_other_end():
     p = nn.Parameter(torch.zeros(4, dtype=torch.float64))
-    optimizer = MaskedAdamW([p], policy=TopK(0.5, Lowest(CurvatureScaledGradient()), schedule=Schedule(observe=1)))
+    optimizer = MaskedAdamW(
+        [p], policy=TopK(0.5, Lowest(CurvatureScaledGradient()), schedule=Schedule(observe=1))
+    )
     loss = (p + torch.tensor([1.0, 4.0, 2.0, 3.0], dtype=torch.float64) * p.square() / 2).sum()
     optimizer.observe_curvature(loss)
     loss.backward()
@@ -1109,7 +1178,9 @@ def test_paper_counts_are_penalised_and_those_of_short_release_stages_are_not():
 )
 def test_counts_for_a_policy_that_ignores_them_are_an_error(make):
     optimizer = make(named({"weight": (4, 3)}).items())
-    with pytest.raises(RuntimeError, match=r"set_count\(\) needs a TopK policy with CountedSquaredGradient, got .*mix"):
+    with pytest.raises(
+        RuntimeError, match=r"set_count\(\) needs a TopK policy with CountedSquaredGradient, got .*mix"
+    ):
         optimizer.set_count("weight", torch.ones(3))
 
 
@@ -1117,7 +1188,11 @@ BAD_COUNTS = {
     "unknown_name": ("wieght", torch.ones(3), r"^name must be .*got 'wieght'; pass model\.named_parameters"),
     "empty_name": ("", torch.ones(3), r"^name must be .*got ''"),
     "rows_for_columns": ("weight", torch.ones(4), r"^count must broadcast to \(4, 3\), got \(4,\); .*\[3\]"),
-    "too_many_dimensions": ("weight", torch.ones(2, 4, 3), r"^count must broadcast to \(4, 3\), got \(2, 4, 3\)"),
+    "too_many_dimensions": (
+        "weight",
+        torch.ones(2, 4, 3),
+        r"^count must broadcast to \(4, 3\), got \(2, 4, 3\)",
+    ),
     "of_another_parameter": ("bias", torch.ones(3), r"^count must broadcast to \(4,\), got \(3,\); .*\[4\]"),
     "not_masked": ("head", torch.ones(3), r"^name must be"),
 }
@@ -1138,7 +1213,9 @@ def test_counts_that_fit_no_parameter_are_an_error(name, count, message):
 
 def test_counts_need_named_parameters():
     optimizer = mix(named({"weight": (4, 3)}).values())
-    with pytest.raises(ValueError, match=r"^name must be that of a named parameter .* pass model\.named_parameters"):
+    with pytest.raises(
+        ValueError, match=r"^name must be that of a named parameter .* pass model\.named_parameters"
+    ):
         optimizer.set_count("0", torch.ones(3))
 
 
@@ -1228,7 +1305,10 @@ STEPS = 13
 def groups_of(net):
     return [
         {"params": [(n, p) for n, p in net.named_parameters() if not n.startswith("classifier")]},
-        {"params": [(n, p) for n, p in net.named_parameters() if n.startswith("classifier")], "masked": False},
+        {
+            "params": [(n, p) for n, p in net.named_parameters() if n.startswith("classifier")],
+            "masked": False,
+        },
     ]
 
 
@@ -1256,7 +1336,12 @@ def advance(net, optimizer, number):
 def snapshot(net, optimizer):
     """All bits that training leaves behind."""
     own = [optimizer.mask(p) for p in net.parameters()]
-    own += [t for p in net.parameters() for _, t in sorted(optimizer.state.get(p, {}).items()) if torch.is_tensor(t)]
+    own += [
+        t
+        for p in net.parameters()
+        for _, t in sorted(optimizer.state.get(p, {}).items())
+        if torch.is_tensor(t)
+    ]
     return bits_of(*net.parameters(), *own)
 
 
@@ -1271,10 +1356,11 @@ def through_a_file(state):
 def test_a_run_that_stops_after_any_step_ends_as_one_that_does_not(make):
     net = Net(0)
     optimizer = make(groups_of(net))
-    whole, saved = [], []
+    whole, weights, saved = [], [], []
     for number in range(STEPS):
         advance(net, optimizer, number)
         whole.append(snapshot(net, optimizer))
+        weights.append(bits_of(*net.parameters()))
         saved.append(through_a_file({"model": net.state_dict(), "optimizer": optimizer.state_dict()}))
     for stop in range(STEPS - 1):
         # other weights, and another seed would do: everything comes from the file
@@ -1285,7 +1371,10 @@ def test_a_run_that_stops_after_any_step_ends_as_one_that_does_not(make):
         assert same_bits(snapshot(net, optimizer), whole[stop]), f"loaded after {stop}"
         for number in range(stop + 1, STEPS):
             advance(net, optimizer, number)
-            assert same_bits(snapshot(net, optimizer), whole[number]), f"stopped after {stop}, differs at {number}"
+            assert same_bits(bits_of(*net.parameters()), weights[number]), (
+                f"stopped after {stop}, differs at {number}"
+            )
+        assert same_bits(snapshot(net, optimizer), whole[-1]), f"stopped after {stop}"
 
 
 def test_those_runs_visit_every_phase():
@@ -1302,10 +1391,8 @@ def test_those_runs_visit_every_phase():
     for name in RESUMED:
         if name.startswith("dps_dense"):
             assert phases[name] == set(range(7))
-        elif name.startswith("dps_mix"):
+        elif name.startswith("dps_mix") or "explicit" in name:
             assert phases[name] == set(range(5))
-        elif "explicit" in name:
-            assert phases[name] == set(range(6))
         elif name.startswith(("grad_drop", "child_tuning_f", "gradual", "bernoulli")):
             assert len(draws[name]) >= 3, name
         else:
@@ -1335,7 +1422,7 @@ def test_dps_masks_the_linear_weights_of_bert_and_nothing_else():
         "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
         "intermediate.dense", "output.dense",
     )  # fmt: skip
-    expected = {f"bert.encoder.layer.{i}.{name}.weight" for i in range(12) for name in within_layers}
+    expected = {f"bert.encoder.layer.{i}.{name}.weight" for i in range(LAYERS) for name in within_layers}
     expected |= {"bert.pooler.dense.weight", "classifier.weight"}
     assert masked_names(model, "dps") == expected
     assert masked_names(model, "dps", fidelity="release") == expected
@@ -1381,8 +1468,8 @@ def test_a_head_tied_to_the_embeddings_appears_once_under_their_name(family, emb
 @pytest.mark.parametrize(
     ("family", "head", "some_masked"),
     [
-        ("bert_lm", "cls.predictions.decoder", "bert.encoder.layer.3.output.dense.weight"),
-        ("llama_lm", "lm_head", "model.layers.3.mlp.up_proj.weight"),
+        ("bert_lm", "cls.predictions.decoder", "bert.encoder.layer.2.output.dense.weight"),
+        ("llama_lm", "lm_head", "model.layers.2.mlp.up_proj.weight"),
     ],
     ids=["bert", "llama"],
 )

@@ -1,10 +1,11 @@
-"""The promises of design 12 on bits: frozen stays frozen, a resumed run is the same run, k is k, dense limits are AdamW.
+"""Promises on bits: frozen stays frozen, a resumed run is the same run, k is k, dense limits are AdamW.
 
 Property-based over policies, dtypes, shapes and hyperparameters, with literal cases beside them.
 """
 
 import functools
 import io
+import itertools
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -249,7 +250,7 @@ def test_frozen_entries_keep_their_moments(case):
     )
 )
 def test_tracked_moments_are_those_of_adamw(case):
-    """Under "track" the moments take every gradient, so they are those of AdamW while everything else is masked."""
+    """Under "track" the moments take every gradient, so that they are those of AdamW."""
     params, dense_params = case.parameters(), case.parameters()
     optimizer = case.optimizer(params)
     options = {k: case.options[k] for k in ("weight_decay", "amsgrad", "maximize")}
@@ -349,7 +350,7 @@ def saved(params, optimizer):
 
 
 def resumed(case, checkpoint):
-    """Fresh objects, constructed with other weights, another seed and other numbers, that load a checkpoint."""
+    """Fresh objects, made with other weights, another seed and other numbers, that load a checkpoint."""
     loaded = torch.load(io.BytesIO(checkpoint), weights_only=True)
     params = case.parameters(seed=99)
     optimizer = case.optimizer(params, seed=12345, lr=0.5, weight_decay=0.3)
@@ -439,7 +440,7 @@ def test_save_points_lie_inside_observation_after_selection_and_between_draws():
     for number in range(8):
         every.play(number, params, optimizer)
         masks.append(optimizer.mask(params[0]))
-    assert [bool(torch.equal(a, b)) for a, b in zip(masks, masks[1:], strict=False)] == [
+    assert [bool(torch.equal(a, b)) for a, b in itertools.pairwise(masks)] == [
         True, True, False, True, True, False, True
     ]  # fmt: skip
 
@@ -695,7 +696,7 @@ def test_dense_limits_are_adamw_bit_for_bit(
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_decay_frozen_and_zero_grad_are_the_same_for_a_static_seeded_mask(dtype, amsgrad):
-    """Bit for bit: both keep parameter-shaped moments, and an entry that never had a gradient has moments of zero."""
+    """Bit for bit: both keep parameter-shaped moments, and an entry without gradients has moments of zero."""
 
     def run(unselected):
         case = Case(
@@ -720,9 +721,11 @@ def test_without_decay_frozen_and_zero_grad_are_the_same_for_a_static_seeded_mas
 @pytest.mark.parametrize("policy_id", ["topk_once", "topk_once_per_tensor", "topk_signed", "topk_percentile"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_without_decay_frozen_and_zero_grad_are_the_same_for_a_static_selection(policy_id, dtype):
-    """Unselected entries bit for bit. Selected ones within 4 eps a step of the largest weight: the moments lie compact in one
-    run and parameter-shaped in the other, and torch's kernels may contract vector bodies and scalar tails differently.
-    Not for bfloat16 and float16, where compact state has float32 moments and a master, and so is more exact."""
+    """Unselected entries bit for bit, selected ones within 4 eps a step of the largest weight.
+
+    The moments lie compact in one run and parameter-shaped in the other, and torch may contract vector bodies and
+    scalar tails differently. Not for bfloat16 and float16: there compact state has float32 moments and a master.
+    """
 
     def run(unselected):
         case = Case(policy_id, unselected, dtype, ((40,), (31, 33)), options={"weight_decay": 0.0})
@@ -793,7 +796,7 @@ class Alone:
 def test_each_entry_of_compact_state_follows_the_adam_it_would_see_alone(
     sizes, observe, train, density, scope, amsgrad, maximize, decay, explicit, gaps, seed
 ):
-    """Entries that stay keep moments and age, leavers drop theirs, newcomers start at zero; a float64 oracle per entry."""
+    """Entries that stay keep moments and age, leavers drop theirs, newcomers start at zero."""
     hypothesis.assume(int(density * sizes[0]) > 0)
     gaps = {(t, i) for t, i in gaps if i > 0}  # the first tensor is always observed
     generator = torch.Generator().manual_seed(seed)
@@ -848,7 +851,7 @@ def test_each_entry_of_compact_state_follows_the_adam_it_would_see_alone(
 
 
 def test_a_tensor_that_sits_out_a_cycle_trains_when_it_is_selected_again():
-    """Selected without an update, then unobserved, then selected: three cycles in which its state has three shapes."""
+    """Selected without an update, then unobserved, then selected: its state has three shapes."""
     a, b = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(10))
     optimizer = MaskedAdamW([a, b], policy=TopK(0.5, scope="tensor", schedule=Schedule(observe=1, train=1)))
     for has_grad in (True, False, False, False, True, True):
@@ -889,7 +892,7 @@ def test_a_low_precision_parameter_follows_the_float32_run_rounded(policy_id, dt
 @pytest.mark.parametrize("unselected", ["frozen", "zero_grad"])  # under "track" moments take every gradient
 @pytest.mark.parametrize("policy_id", POLICIES)
 def test_mask_tells_what_the_last_update_trained(policy_id, unselected):
-    """Against a run whose gradients are zero where mask() says False: the update cannot have used the others."""
+    """Against a run whose gradients are zero where mask() says False: the others were not used."""
     case = Case(policy_id, unselected, torch.float64, ((40,), (7, 9)), options={"weight_decay": 0.0})
     params, twins = case.parameters(), case.parameters()
     optimizer, twin = case.optimizer(params), case.optimizer(twins)

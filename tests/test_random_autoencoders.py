@@ -569,7 +569,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize(
     ("name", "placement"),
-    [("torch", "between"), ("torch", "ffn"), ("masked", "between"), ("child_tuning", "ffn")],
+    [("torch", "between"), ("torch", "ffn"), ("masked", "ffn"), ("child_tuning", "ffn")],
 )
 def test_one_optimizer_trains_model_and_autoencoders(name, placement):
     model = tiny("bert", num_hidden_layers=2).train()
@@ -585,7 +585,7 @@ def test_one_optimizer_trains_model_and_autoencoders(name, placement):
         task.append(loss.item())
         rebuilt.append(reconstruction.item())
     assert np.mean(task[-10:]) < 0.5 * np.mean(task[:5])
-    assert np.mean(rebuilt[-10:]) < 0.9 * np.mean(rebuilt[:5])
+    assert np.mean(rebuilt[-10:]) < 0.5 * np.mean(rebuilt[:5])
 
 
 @pytest.mark.parametrize("name", ["torch", "masked"])
@@ -613,7 +613,7 @@ def test_two_optimizers_train_as_documented(name):
         task.append(loss.item())
         rebuilt.append(rebuilt_loss.item())
     assert np.mean(task[-10:]) < 0.5 * np.mean(task[:5])
-    assert np.mean(rebuilt[-10:]) < 0.9 * np.mean(rebuilt[:5])
+    assert np.mean(rebuilt[-10:]) < 0.5 * np.mean(rebuilt[:5])
 
 
 # --- what is kept -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""State keeps its dtypes and its parameter: through every way of saving, hooks, swapped objects, wrapped names, and loading of others.
+"""State keeps its dtypes and its parameter: saved, swapped, wrapped, tied, and no larger than it says.
 
 What a resumed run does afterwards is in test_promises.py.
 """
@@ -17,7 +17,9 @@ from torch import nn
 
 from sparse_optim import Bernoulli, ChildTuningAdamW, MaskedAdamW, Schedule, SignedGradient, TopK
 
-MEANWHILE_EVERYTHING = TopK(0.5, SignedGradient(), schedule=Schedule(observe=2, train=2, meanwhile="everything"))
+MEANWHILE_EVERYTHING = TopK(
+    0.5, SignedGradient(), schedule=Schedule(observe=2, train=2, meanwhile="everything")
+)
 # id: policy, unselected, how many steps, keys that the state of the first parameter then has
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 SITUATIONS = {
@@ -192,7 +194,7 @@ def test_a_copy_trains_on_its_own():
 
 
 def test_how_the_arithmetic_runs_stays_as_constructed():
-    params, optimizer = started("compact", foreach=False)
+    _, optimizer = started("compact", foreach=False)
     others = model()
     other = make("compact", others, fused=False)
     other.load_state_dict(optimizer.state_dict())
@@ -205,13 +207,15 @@ def test_how_the_arithmetic_runs_stays_as_constructed():
 
 def kinds(state):
     """What a hook can see of a state: keys and dtypes, by position."""
-    return [{k: v.dtype if isinstance(v, torch.Tensor) else type(v) for k, v in s.items()} for s in state.values()]
+    return [
+        {k: v.dtype if isinstance(v, torch.Tensor) else type(v) for k, v in s.items()} for s in state.values()
+    ]
 
 
 @pytest.mark.parametrize("prepend", [False, True], ids=["append", "prepend"])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_hooks_see_whole_state_before_and_after(situation, prepend):
-    params, optimizer = started(situation)
+    _, optimizer = started(situation)
     whole = kinds(optimizer.state)
     others = model()
     other = make(situation, others)
@@ -219,14 +223,18 @@ def test_hooks_see_whole_state_before_and_after(situation, prepend):
     own = kinds(other.state)
     saved = optimizer.state_dict()
     seen = []
-    optimizer.register_state_dict_pre_hook(lambda o: seen.append(("save pre", kinds(o.state))), prepend=prepend)
+    optimizer.register_state_dict_pre_hook(
+        lambda o: seen.append(("save pre", kinds(o.state))), prepend=prepend
+    )
     optimizer.register_state_dict_post_hook(
         lambda o, d: seen.append(("save post", kinds(d["state"]))), prepend=prepend
     )
     other.register_load_state_dict_pre_hook(
         lambda o, d: seen.append(("load pre", kinds(d["state"]), kinds(o.state))), prepend=prepend
     )
-    other.register_load_state_dict_post_hook(lambda o: seen.append(("load post", kinds(o.state))), prepend=prepend)
+    other.register_load_state_dict_post_hook(
+        lambda o: seen.append(("load post", kinds(o.state))), prepend=prepend
+    )
     other.load_state_dict(optimizer.state_dict())
     assert seen == [("save pre", whole), ("save post", whole), ("load pre", whole, own), ("load post", whole)]
     assert same_state(saved, other.state_dict())
@@ -262,7 +270,7 @@ def test_what_a_hook_returns_is_what_is_loaded_and_saved():
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_groups_hold_numbers_booleans_and_strings_only(situation):
-    params, optimizer = started(situation, max_grad_norm=1.0, stochastic_rounding=True, state_dtype=torch.float32)
+    _, optimizer = started(situation, max_grad_norm=1.0, stochastic_rounding=True, state_dtype=torch.float32)
     late = nn.Parameter(torch.ones(3))
     optimizer.add_param_group({"params": [("late", late)], "masked": False})
     for group in [*optimizer.param_groups, *optimizer.state_dict()["param_groups"]]:
@@ -413,7 +421,7 @@ def test_a_swapped_parameter_of_another_shape_is_refused(situation):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_master_restarts_where_somebody_wrote_other_weights(dtype):
-    """A float32 shadow run in which exactly the written entries restart from the written value, moments kept."""
+    """A float32 shadow run in which exactly the written entries restart, with their moments."""
     param = nn.Parameter(torch.linspace(-2, 2, 41).to(dtype))
     shadow = nn.Parameter(param.detach().float())
     options = {"lr": 1e-3, "weight_decay": 0.1, "policy": TopK(0.5, schedule=Schedule(observe=1))}
@@ -447,7 +455,7 @@ def test_a_master_restarts_where_somebody_wrote_other_weights(dtype):
 
 
 def test_a_checkpoint_of_other_weights_wins_over_the_masters_of_the_state():
-    params, optimizer = started("compact")
+    _, optimizer = started("compact")
     others = model(seed=3)
     other = make("compact", others)
     other.load_state_dict(optimizer.state_dict())
@@ -549,7 +557,13 @@ WRAPPED = {
         "_orig_mod.0._checkpoint_wrapped_module.parametrizations.weight.original"
     ),
 }
-KEPT = ["encoder.module.weight", "encoder.original", "parametrizations.weight.0.base", "my_orig_mod.weight", "modules.weight"]
+KEPT = [
+    "encoder.module.weight",
+    "encoder.original",
+    "parametrizations.weight.0.base",
+    "my_orig_mod.weight",
+    "modules.weight",
+]
 
 
 def mask_of(name, unit="entry"):
@@ -627,7 +641,7 @@ def test_a_mask_stays_when_a_started_model_is_wrapped_or_renamed():
 
 
 def colliding(suffix):
-    """Two short names whose CRC-32 is the same, found by brute force: a birthday among 2**32 takes some 80,000."""
+    """Two short names with one CRC-32, by brute force: a birthday among 2**32 takes some 80,000."""
     letters, seen = random.Random(0), {}
     while True:
         name = "".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=8)) + suffix
@@ -639,7 +653,9 @@ def colliding(suffix):
 @pytest.mark.parametrize("unit", ["entry", "tensor", "layer"])
 def test_names_with_the_same_key_are_refused_before_anything_moves(unit):
     units = colliding("" if unit == "layer" else ".w")
-    names = [f"{name}.w" for name in units] if unit == "layer" else units  # the layer's name is what counts there
+    names = (
+        [f"{name}.w" for name in units] if unit == "layer" else units
+    )  # the layer's name is what counts there
     params = {name: nn.Parameter(torch.ones(10)) for name in names}
     optimizer = MaskedAdamW(params.items(), policy=Bernoulli(0.5, unit=unit))
     for p in params.values():
@@ -675,7 +691,7 @@ TIED_POLICIES = {
 @pytest.mark.parametrize("unselected", ["frozen", "zero_grad"])
 @pytest.mark.parametrize("policy_id", TIED_POLICIES)
 def test_tied_parameters_count_and_step_once(policy_id, unselected):
-    """named_parameters() gives a tied tensor once; a list that holds it twice gets torch's warning and the same run."""
+    """A list that holds a tied tensor twice gets torch's warning, and the run of one that holds it once."""
 
     def run(repeat):
         net = Tied()
@@ -749,10 +765,12 @@ def nbytes(state):
     return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
 
 
-@pytest.mark.parametrize(("dtype", "each"), [(torch.float32, 12), (torch.bfloat16, 16), (torch.float16, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "each"), [(torch.float32, 12), (torch.bfloat16, 16), (torch.float16, 16)], ids=str
+)
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_a_selected_entry_costs_12_bytes_and_16_in_low_precision(scope, dtype, each):
-    """exp_avg, exp_avg_sq, index, and the master of a low-precision parameter; at most 8 more for a tensor's step."""
+    """exp_avg, exp_avg_sq, index, and in low precision the master; at most 8 more for a tensor's step."""
     params = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((300, 100), (1000,), (50, 7))]
     optimizer = MaskedAdamW(params, policy=TopK(0.01, scope=scope, schedule=Schedule(observe=2)))
     dense = sum(p.numel() for p in params)

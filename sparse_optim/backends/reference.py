@@ -6,8 +6,7 @@ Conventions shared by all backends
 - Verbs take lists with one item per tensor, and keyword-only scalars. A trailing underscore means that arguments are
   written. Arithmetic is done in float32 (float64 for float64 parameters) and rounded once into the stored dtype.
 - A *geometry* `(offset, inner, stride)` places the local entries of a tensor in the full, unsharded one: local entry i
-  has the global index `offset + (i // inner) * stride + i % inner`. `whole(t)` is that of an unsharded tensor, and
-  `ONE_WORD` maps every entry to index 0, which makes a seeded mask draw one word for the whole tensor.
+  has the global index `offset + (i // inner) * stride + i % inner`. `whole(t)` is that of an unsharded tensor.
 - Which entries are selected is said in one of four ways: not at all (everything), `bits` (packed, one bit an entry),
   `seeded` (drawn from Philox, never stored), or `scores` with `cuts` (an exact threshold that is already known).
 """
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor
 
 Geometry = tuple[int, int, int]  # offset, inner, stride
-ONE_WORD: Geometry = (0, 1, 0)
 
 MASK_DRAWS, WEIGHT_ROUNDING_DRAWS, STATISTIC_ROUNDING_DRAWS, CONTROL_DRAWS = 0, 1, 2, 3
 _PURPOSE_SHIFT = 28
@@ -39,6 +37,7 @@ class Draws(NamedTuple):
     draw: int
     threshold: int  # floor(keep * 2**32)
     keys: Sequence[int]  # one 32-bit key per tensor
+    one_word: bool = False  # the word of entry 0 decides for the whole tensor
 
 
 class Cut(NamedTuple):
@@ -122,13 +121,12 @@ def _entry_words(seed: int, draw: int, key: int, numel: int, geometry: Geometry,
         yield philox_words(seed, draw, key, global_index(local, geometry))
 
 
-def seeded_mask(
-    seed: int, draw: int, threshold: int, key: int, numel: int, geometry: Geometry, device: torch.device
-) -> Tensor:
-    """The mask that the seeded rule draws: bool [numel], True where the entry's word is below `threshold`."""
-    if geometry == ONE_WORD:
-        word = philox_words(seed, draw, key, torch.zeros(1, dtype=torch.int64))
-        return torch.full((numel,), bool(word < threshold), device=device)
+def seeded_mask(draws: Draws, i: int, numel: int, geometry: Geometry, device: torch.device) -> Tensor:
+    """The mask that the seeded rule draws for the i-th tensor: bool [numel], True where the word is below the threshold."""
+    seed, draw, threshold, key = draws.seed, draws.draw, draws.threshold, draws.keys[i]
+    if draws.one_word:
+        word = philox_words(seed, draw, key, torch.zeros(1, dtype=torch.int64, device=device))
+        return (word < threshold).expand(numel)
     selected = torch.empty(numel, dtype=torch.bool, device=device)
     start = 0
     for words in _entry_words(seed, draw, key, numel, geometry, device):
@@ -185,8 +183,7 @@ def _selected(
     if bits is not None:
         return unpack_bits(bits[i], param.numel()).view(param.shape)
     if seeded is not None:
-        seed, draw, threshold, keys = seeded
-        return seeded_mask(seed, draw, threshold, keys[i], param.numel(), geometry, param.device).view(param.shape)
+        return seeded_mask(seeded, i, param.numel(), geometry, param.device).view(param.shape)
     if scores is not None and cuts is not None:
         return _above_cut(scores[i], cuts[i], geometry, absolute=False).view(param.shape)
     return None

@@ -7,13 +7,19 @@ import numpy as np
 
 
 class Adam:
-    """AdamW by name. `decay_last` is the release's order: moments, step, then decay of what the step has left."""
+    """AdamW by name. `decay_last`: the release's order, moments, step, then decay of what the step left."""
 
     def __init__(self, weights, weight_decay, decay_last, betas=(0.9, 0.999), eps=1e-8):
         self.weights = {name: w.astype(np.float64) for name, w in weights.items()}
         self.m = {name: np.zeros_like(w) for name, w in self.weights.items()}
         self.v = {name: np.zeros_like(w) for name, w in self.weights.items()}
-        self.t, self.weight_decay, self.decay_last, self.betas, self.eps = 0, weight_decay, decay_last, betas, eps
+        self.t, self.weight_decay, self.decay_last, self.betas, self.eps = (
+            0,
+            weight_decay,
+            decay_last,
+            betas,
+            eps,
+        )
 
     def step(self, grads, lr, moves=None):
         """`moves`: by name, where a weight may change at all; everywhere where it says nothing."""
@@ -36,7 +42,7 @@ def step_f(adam, grads, masks, keep, lr):
 
 
 def fisher(gradients, names, clip):
-    """Mean of squared batch gradients over the named tensors; `clip` is the release's norm of each tensor, or None."""
+    """Mean of squared batch gradients by name; `clip` is the norm of each tensor in the release, or None."""
     total = {name: np.zeros(gradients[0][name].shape) for name in names}
     for grads in gradients:
         for name in names:
@@ -49,7 +55,7 @@ def fisher(gradients, names, clip):
 
 
 def child(scores, density, release):
-    """The child network: in the release what reaches NumPy's percentile, in the paper the int(density n) highest."""
+    """The child: in the release what reaches NumPy's percentile, in the paper the int(density n) highest."""
     flat = np.concatenate([s.ravel() for s in scores.values()])
     if release:
         chosen = flat >= np.percentile(flat, (1 - density) * 100)
@@ -64,5 +70,5 @@ def child(scores, density, release):
 
 
 def step_d(adam, grads, masks, lr, release):
-    """Variant D: gradients outside the child are zero; in the paper those weights do not move, decay included."""
+    """Variant D: gradients outside the child are zero; in the paper nothing moves those weights."""
     adam.step({name: g * masks.get(name, 1.0) for name, g in grads.items()}, lr, None if release else masks)

@@ -1,7 +1,7 @@
 """GradDrop in float64 NumPy: gradients times a mask, before AdamW sees them. Shares no code with the package.
 
-The masks are random and come from outside; whether they are constant for as long as they should be, and equal within a
-layer, is for the caller to check.
+The masks are random and come from outside; whether they are constant for as long as they should be, and
+equal within a layer, is for the caller to check.
 """
 
 import numpy as np

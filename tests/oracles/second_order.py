@@ -1,4 +1,4 @@
-"""Second-order selection (SAM of Fu et al.) in float64 NumPy: the published rule, and the steps of the released code.
+"""Second-order selection (SAM of Fu et al.) in float64 NumPy: the published rule, and the released code's.
 
 Written from descriptions of the two; shares no code with the package.
 """
@@ -7,14 +7,16 @@ import numpy as np
 
 
 class SecondOrder:
-    """Burn in on `observe` gradients, select by the magnitude of their signed sum, train the selection for ever.
+    """Burn in on `observe` gradients, select by the size of their signed sum, train that for ever.
 
     "paper": the int(density n) largest of all maskable entries; nothing else ever moves.
-    "release": gradients clipped to norm 1 all together, then int(density n) in each tensor; the gradient of every
-    other entry is zero, which leaves them their weight decay.
+    "release": gradients clipped to norm 1 all together, then int(density n) in each tensor; the gradient of
+    every other entry is zero, which leaves them their weight decay.
     """
 
-    def __init__(self, weights, *, fidelity, density, observe, lr, decay, heads, betas=(0.9, 0.999), eps=1e-8):
+    def __init__(
+        self, weights, *, fidelity, density, observe, lr, decay, heads, betas=(0.9, 0.999), eps=1e-8
+    ):
         self.weights = {name: np.array(w, dtype=np.float64) for name, w in weights.items()}
         self.release = fidelity == "release"
         self.density, self.observe, self.lr, self.decay, self.heads = density, observe, lr, decay, set(heads)
@@ -44,7 +46,9 @@ class SecondOrder:
         """What the last call trained."""
         if self.calls <= self.observe:
             return {name: np.zeros(w.shape, dtype=bool) for name, w in self.weights.items()}
-        return {name: self.selected.get(name, np.ones(w.shape, dtype=bool)) for name, w in self.weights.items()}
+        return {
+            name: self.selected.get(name, np.ones(w.shape, dtype=bool)) for name, w in self.weights.items()
+        }
 
     def _select(self):
         scores = {name: np.abs(total).ravel() for name, total in self.sums.items()}

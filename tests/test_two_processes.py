@@ -1,0 +1,183 @@
+"""Two processes with different data hold the same masks and the same weights, at every step of every method.
+
+One pair of processes runs all methods and writes down what it saw; the tests read that.
+"""
+
+import hashlib
+import json
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_optim import (
+    ChildTuningAdamW,
+    DPSAdamW,
+    GradDropAdamW,
+    GradualUnfreezing,
+    MaskedAdamW,
+    SecondOrderAdamW,
+)
+
+RANKS = 2
+STEPS = 10
+
+needs_gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="torch.distributed was built without gloo",
+)
+pytestmark = [pytest.mark.filterwarnings("error"), needs_gloo]
+
+METHODS = {
+    "child_tuning_f": lambda p: ChildTuningAdamW(p, lr=0.02, variant="F", keep=0.4),
+    "child_tuning_d": lambda p: ChildTuningAdamW(p, lr=0.02, variant="D", density=0.3, observe_steps=3),
+    "child_tuning_d_release": lambda p: ChildTuningAdamW(
+        p, lr=0.02, variant="D", density=0.3, observe_steps=3, fidelity="release"
+    ),
+    "dps_dense": lambda p: DPSAdamW(p, lr=0.02, variant="dense", density=0.6, update_steps=2),
+    "dps_dense_release": lambda p: DPSAdamW(
+        p, lr=0.02, variant="dense", density=0.6, update_steps=2, fidelity="release"
+    ),
+    "second_order": lambda p: SecondOrderAdamW(p, lr=0.02, density=0.1, observe_steps=3),
+    "second_order_release": lambda p: SecondOrderAdamW(
+        p, lr=0.02, density=0.1, observe_steps=3, fidelity="release"
+    ),
+    "grad_drop_layer": lambda p: GradDropAdamW(p, lr=0.02, keep=0.5, granularity="layer"),
+    "grad_drop_layer_epoch": lambda p: GradDropAdamW(
+        p, lr=0.02, keep=0.5, granularity="layer", refresh="epoch"
+    ),
+    "gradual_unfreezing": lambda p: MaskedAdamW(p, lr=0.02, policy=GradualUnfreezing()),
+}
+# their masks come from gradients, so that processes that share none must come to differ
+FROM_GRADIENTS = ["child_tuning_d", "child_tuning_d_release", "dps_dense", "dps_dense_release"]
+FROM_GRADIENTS += ["second_order", "second_order_release"]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.Embedding(11, 8)
+        self.layer = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()) for _ in range(3)
+        )
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        hidden = self.embeddings(tokens)
+        for layer in self.layer:
+            hidden = hidden + layer(hidden)
+        return self.classifier(hidden)
+
+
+def digest(tensors):
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def train(name, rank, *, share):
+    """Hashes of all masks and all weights after each step, and what makes the comparison worth something."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(Net()) if share else Net()
+    optimizer = METHODS[name](model.named_parameters())
+    generator = torch.Generator().manual_seed(1000 + rank)
+    rows = []
+    for number in range(STEPS):
+        if number % 3 == 0:
+            optimizer.new_epoch()
+        tokens = torch.randint(0, 11, (16,), generator=generator)
+        labels = torch.randint(0, 3, (16,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(tokens), labels).backward()
+        optimizer.step()
+        masks = [optimizer.mask(p) for p in model.parameters()]
+        share_of_one = float(torch.cat([mask.flatten() for mask in masks]).double().mean())
+        data = digest([tokens, labels])
+        rows.append(
+            {
+                "masks": digest(masks),
+                "weights": digest(model.parameters()),
+                "data": data,
+                "mean": share_of_one,
+            }
+        )
+    return rows
+
+
+def refused_curvature():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SecondOrderAdamW([p], observe_steps=1, curvature="hutchinson")
+    try:
+        optimizer.observe_curvature(p.square().sum())
+    except RuntimeError as error:
+        return str(error)
+    return "not refused"
+
+
+def work(rank, folder):
+    """What one process does."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        seen = {
+            name: {how: train(name, rank, share=how == "shared") for how in ("shared", "alone")}
+            for name in METHODS
+        }
+        seen["curvature"] = refused_curvature()
+        with open(f"{folder}/rank_{rank}.json", "w") as file:
+            json.dump(seen, file)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of the two processes saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=RANKS)
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def column(ranks, name, how, key):
+    return [[row[key] for row in rank[name][how]] for rank in ranks]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_processes_hold_the_same_masks_and_weights_at_every_step(ranks, name):
+    first, second = column(ranks, name, "shared", "data")
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    for key in ("masks", "weights"):
+        first, second = column(ranks, name, "shared", key)
+        assert len(first) == STEPS
+        assert first == second, key
+    # something was trained, something was left alone, and weights moved
+    means, _ = column(ranks, name, "shared", "mean")
+    assert any(0.0 < mean < 1.0 for mean in means)
+    weights, _ = column(ranks, name, "shared", "weights")
+    assert len(set(weights)) > STEPS / 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_processes_that_do_not_share_gradients_come_to_differ(ranks, name):
+    """The test above can fail: without the reduction it does."""
+    first, second = column(ranks, name, "alone", "weights")
+    assert first[-1] != second[-1]
+    first, second = column(ranks, name, "alone", "masks")
+    assert (first != second) == (name in FROM_GRADIENTS)
+
+
+def test_curvature_is_refused_where_processes_would_estimate_different_ones(ranks):
+    for rank in ranks:
+        assert (
+            "works in one process, got 2 ranks; use SecondOrderAdamW without curvature" in rank["curvature"]
+        )
