@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import MaskedAdamW, Unselected
-from .policies import Bernoulli, Policy, Schedule, TopK
+from .policies import Bernoulli, Policy, Schedule, TopK, check_steps
 from .scores import CountedSquaredGradient, CurvatureScaledGradient, SignedGradient, SquaredGradient, Statistic
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ class ChildTuningAdamW(MaskedAdamW):
             | D, Fisher information | squared gradients, as observed (use batches of one for the paper's sum over examples) | of gradients clipped to norm 1 per tensor |
             | D, selected | exactly int(density n), ties to the lowest index | at or above NumPy's percentile: all ties |
             | D, the others | frozen | weight decay still moves them |
+
+            The release decays weights after the update and torch before it, which differs by lr^2 weight_decay; this is
+            torch's order.
 
         unselected: as in `MaskedAdamW`; None follows the method.
         options: as in `MaskedAdamW`.
@@ -355,8 +358,8 @@ class GradDropAdamW(MaskedAdamW):
     ) -> None:
         if granularity not in ("entry", "layer"):
             raise ValueError(f"granularity must be 'entry' or 'layer', got {granularity!r}; choose one of them.")
-        if isinstance(refresh, str) and refresh not in ("step", "epoch"):
-            raise ValueError(f"refresh must be 'step', 'epoch' or a number of steps, got {refresh!r}; choose one of them.")
+        if refresh not in ("step", "epoch"):
+            check_steps("refresh", refresh, "or 'step', or 'epoch'")
         every: Literal["epoch"] | int = 1 if refresh == "step" else refresh
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
@@ -379,11 +382,11 @@ def _refuse(name: str, value: object, not_given: object, variant: str, instead: 
 
 
 def _observe(observe_steps: int | None | EllipsisType, where: str, released: str) -> int | None:
-    remedy = f"the released code observes {released}, or use None to call optimizer.observe() yourself."
+    remedy = f"the released code observes {released}, or use None to call optimizer.observe() yourself"
     if isinstance(observe_steps, EllipsisType):
-        raise ValueError(f"observe_steps must be given for {where}, got none; {remedy}")
-    if observe_steps is not None and (isinstance(observe_steps, bool) or not observe_steps >= 1):
-        raise ValueError(f"observe_steps must be a positive integer or None, got {observe_steps!r}; {remedy}")
+        raise ValueError(f"observe_steps must be given for {where}, got none; {remedy}.")
+    if observe_steps is not None:
+        check_steps("observe_steps", observe_steps, remedy)
     return observe_steps
 
 
@@ -394,6 +397,7 @@ def _stage_length(update_steps: int | None, update_ratio: float | None, total_st
                 f"update_steps must come alone, got {update_steps!r} with update_ratio={update_ratio!r} and "
                 f"total_steps={total_steps!r}; give one or the other."
             )
+        check_steps("update_steps", update_steps, "or give update_ratio and total_steps")
         return update_steps
     if update_ratio is None or total_steps is None:
         raise ValueError(
@@ -432,7 +436,7 @@ def param_groups(
     | None | nothing |
     | `"child_tuning_f"` | nothing, in paper and release |
     | `"child_tuning_d"` | a fresh task head; `"release"`: everything whose name lacks "layer" (embeddings, pooler, head) |
-    | `"dps"` | everything but the weights of `nn.Linear` layers, as released; the paper's set is not known |
+    | `"dps"` | everything but the weights of linear layers, as released; the paper's set is not known |
     | `"second_order"`, `"grad_drop"` | a fresh task head (for the second, our definition) |
 
     Args:
@@ -458,10 +462,14 @@ def param_groups(
     if method is not None and method not in _METHODS:
         raise ValueError(f"method must be None or one of {', '.join(_METHODS)}, got {method!r}; choose one of them.")
     patterns = None if exempt is None else [re.compile(pattern) for pattern in exempt]
-    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
-    linear = {id(p) for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
-    # an output layer tied to the embeddings is one of these
-    linear -= {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+
+    def parameters_of(*kinds: type[nn.Module], named: str = "") -> set[int]:
+        modules = [m for m in model.modules() if isinstance(m, kinds) or type(m).__name__ == named]
+        return {id(p) for module in modules for p in module.parameters()}
+
+    norms = parameters_of(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    # GPT-2's linear layers have a class of their own, and an output layer tied to the embeddings is one of these
+    linear = parameters_of(nn.Linear, named="Conv1D") - parameters_of(nn.Embedding)
 
     def masked(name: str, p: Tensor) -> bool:
         if patterns is not None:

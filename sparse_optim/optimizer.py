@@ -293,7 +293,7 @@ class MaskedAdamW(Optimizer):
     def _selection(self) -> dict[Tensor, Mask]:
         """statistic --score--> policy --histogram, compact--> mask, for every parameter that was observed."""
         assert isinstance(self.policy, TopK)
-        observed = [p for group in self.param_groups for p in group["params"] if "statistic" in self.state.get(p, {})]
+        observed = [p for p in self._all_names() if "statistic" in self.state.get(p, {})]
         if not observed:
             raise RuntimeError(
                 "step() has nothing to select from: no gradient of a masked parameter was observed; "
@@ -338,8 +338,10 @@ class MaskedAdamW(Optimizer):
                 if "bits" in state:
                     state["bits"] = torch.zeros_like(state["bits"])
                 elif "indices" in state:
-                    self._remap(p, state, state["indices"][:0])
-                    state["indices"] = state["indices"][:0]
+                    nothing = state["indices"][:0]
+                    if "exp_avg" in state:
+                        self._remap(p, state, nothing)
+                    state["indices"] = nothing
 
     def _remap(self, p: Tensor, state: dict[str, Any], indices: Tensor) -> None:
         if "age" not in state:
@@ -455,10 +457,8 @@ class MaskedAdamW(Optimizer):
             return state
         if "exp_avg" not in state:
             if isinstance(mask, Indexed):
-                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-                fresh = torch.zeros(mask.indices.numel(), dtype=dtype, device=p.device)
-                if p.dtype != dtype:
-                    state["master"] = p.detach().reshape(-1)[mask.indices.long()].to(dtype)
+                fresh = torch.zeros(mask.indices.numel(), dtype=_compact_dtype(p), device=p.device)
+                self._make_master(p, state)
             else:
                 # a complex parameter keeps complex moments, as in torch
                 dtype = p.dtype if p.is_complex() or self.state_dtype is None else self.state_dtype
@@ -467,6 +467,12 @@ class MaskedAdamW(Optimizer):
         if amsgrad and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         return state
+
+    @staticmethod
+    def _make_master(p: Tensor, state: dict[str, Any]) -> None:
+        """Give the selected entries of a low-precision parameter a float32 value of their own."""
+        if p.dtype != _compact_dtype(p):
+            state["master"] = p.detach().reshape(-1)[state["indices"].long()].to(_compact_dtype(p))
 
     # the clock, and what follows from it
 
@@ -559,10 +565,13 @@ class MaskedAdamW(Optimizer):
                 "DPSAdamW(variant='mix') has one."
             )
         self._follow_swapped_parameters()
-        p = next((p for p, known in self._all_names().items() if known == _clean_name(name)), None)
-        if p is None or not self._named:
+        masked = {p for group in self.param_groups if group["masked"] for p in group["params"]}
+        known = {own: p for p, own in self._all_names().items() if p in masked}
+        p = known.get(_clean_name(name)) if self._named else None
+        if p is None:
             raise ValueError(
-                f"name must be that of a named parameter of this optimizer, got {name!r}; pass model.named_parameters()."
+                f"name must be that of a named parameter of this optimizer that is masked, got {name!r}; "
+                "pass model.named_parameters()."
             )
         try:
             count = count.detach().to(device=p.device, dtype=torch.float32, copy=True)
@@ -685,7 +694,7 @@ class MaskedAdamW(Optimizer):
 
     def density(self) -> float:
         """The share of all entries in this optimizer that the last update trained."""
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = list(self._all_names())
         trained = sum(int(self.mask(p).sum()) for p in params)
         return float(trained / max(1, sum(p.numel() for p in params)))
 
@@ -696,13 +705,15 @@ class MaskedAdamW(Optimizer):
         return self._all_names()[param]
 
     def _all_names(self) -> dict[Tensor, str]:
+        """Every parameter once, in order, with its name; the first of several that a tied parameter has."""
         if self._names is None:
             params = [p for group in self.param_groups for p in group["params"]]
+            given = [str(ordinal) for ordinal in range(len(params))]
             if self._named:
                 given = [_clean_name(name) for group in self.param_groups for name in group["param_names"]]
-            else:
-                given = [str(ordinal) for ordinal in range(len(params))]
-            self._names = dict(zip(params, given, strict=True))
+            self._names = {}
+            for p, name in zip(params, given, strict=True):
+                self._names.setdefault(p, name)
         return self._names
 
     def _depth(self, p: Tensor) -> int:
@@ -735,14 +746,14 @@ class MaskedAdamW(Optimizer):
         """Refuse names that random words could not tell apart."""
         if self._keys_checked:
             return
-        params = [p for group in self.param_groups for p in group["params"]]
-        units = [(self._tensor_key(p), i, self._name(p)) for i, p in enumerate(params)]
+        names = self._all_names()
+        units = [(self._tensor_key(p), i, name) for i, (p, name) in enumerate(names.items())]
         if isinstance(self.policy, Bernoulli) and self.policy.unit == "layer":
             if not self._named:
                 raise ValueError(
                     "unit='layer' needs named parameters, got none; pass model.named_parameters() or param_groups(model)."
                 )
-            layers = sorted({layer_of(self._name(p), self.policy.layers) for p in params})
+            layers = sorted({layer_of(name, self.policy.layers) for name in names.values()})
             units = [(zlib.crc32(layer.encode()), i, layer) for i, layer in enumerate(layers)]
         seen: dict[int, tuple[int, str]] = {}
         for key, i, name in units:
@@ -816,10 +827,17 @@ class MaskedAdamW(Optimizer):
                     "shard or reshape the model before the first step."
                 )
         for old, new in swaps:
-            self.state[new] = {
-                key: value.to(new.device) if isinstance(value, Tensor) and key != "step" else value
-                for key, value in self.state.pop(old).items()
-            }
+            state = self.state.pop(old)
+            for key, value in state.items():
+                if isinstance(value, Tensor) and key != "step":
+                    state[key] = value.to(new.device)
+            if "indices" in state and "exp_avg" in state and new.dtype != old.dtype:
+                state.pop("master", None)
+                for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                    if key in state:
+                        state[key] = state[key].to(_compact_dtype(new))
+                self._make_master(new, state)
+            self.state[new] = state
         self._remember_parameters()
 
     def state_dict(self) -> dict[str, Any]:
@@ -926,6 +944,11 @@ class MaskedAdamW(Optimizer):
                 f"a masked parameter must be real, got {p.dtype} for {self._name(p)!r}; "
                 "put it in a group with masked=False."
             )
+
+
+def _compact_dtype(p: Tensor) -> torch.dtype:
+    """The dtype of moments that are kept for selected entries only."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def _draws(masks: list[Seeded]) -> Draws:

@@ -34,14 +34,9 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {listed}, got {value!r}; choose one of them.")
 
 
-def _check_steps(name: str, value: object, remedy: str) -> None:
+def check_steps(name: str, value: object, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}; {remedy}.")
-
-
-def _check_every(every: object, remedy: str) -> None:
-    if every != "epoch":
-        _check_steps("every", every, remedy)
 
 
 @dataclass(frozen=True)
@@ -62,9 +57,9 @@ class Schedule:
     def __post_init__(self) -> None:
         _check_choice("meanwhile", self.meanwhile, ("nothing", "everything"))
         if self.observe is not None:
-            _check_steps("observe", self.observe, "use None to call optimizer.observe() yourself")
+            check_steps("observe", self.observe, "use None to call optimizer.observe() yourself")
         if self.train is not None:
-            _check_steps("train", self.train, "use None to train the selection for ever")
+            check_steps("train", self.train, "use None to train the selection for ever")
             if self.observe is None:
                 raise ValueError(
                     f"train must be None when observe is None, got {self.train!r}; "
@@ -144,7 +139,8 @@ class Bernoulli:
         _check_choice("unit", self.unit, ("entry", "tensor", "layer"))
         if self.layers is not None and self.unit != "layer":
             raise ValueError(f"layers must be None unless unit='layer', got {self.layers!r} with unit={self.unit!r}.")
-        _check_every(self.every, "use every=1 for a fresh mask at each step, or 'epoch'")
+        if self.every != "epoch":
+            check_steps("every", self.every, "use every=1 for a fresh mask at each step, or 'epoch'")
 
     @property
     def trains_everything(self) -> bool:
@@ -248,7 +244,8 @@ class GradualUnfreezing:
 
     def __post_init__(self) -> None:
         _check_pattern(self.layers)
-        _check_every(self.every, "or 'epoch'")
+        if self.every != "epoch":
+            check_steps("every", self.every, "give the steps of a stage, or 'epoch'")
 
     @property
     def trains_everything(self) -> bool:

@@ -77,10 +77,9 @@ class SquaredGradient(Statistic):
         scales = None
         if self.clip_norm is not None:
             # the small constant is that of torch.nn.utils.clip_grad_norm_, which the release calls per tensor
-            scales = [
-                (self.clip_norm / (torch.linalg.vector_norm(g, dtype=torch.float32) + 1e-6)).clamp(max=1.0)
-                for g in grads
-            ]
+            wide = [torch.float64 if g.dtype == torch.float64 else torch.float32 for g in grads]
+            norms = [torch.linalg.vector_norm(g, dtype=dtype) for g, dtype in zip(grads, wide, strict=True)]
+            scales = [(self.clip_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
         backend.accumulate_(statistics, grads, nonfinite, kind="squares", grad_scales=scales)
 
 
@@ -150,7 +149,7 @@ class CurvatureScaledGradient(Statistic):
 
     For a loss with a diagonal, positive Hessian the top k of g^2 / h are the best k entries to train (the theorem
     behind the second-order approximation method). The curvature is what `optimizer.observe_curvature(loss)` adds up;
-    sums stand for means, which changes no ranking. Entries without curvature and without gradient score zero.
+    sums stand for means, which changes no ranking. An entry without curvature promises more than any with.
 
     References:
         Fu et al., On the Effectiveness of Parameter-Efficient Fine-Tuning, AAAI 2023.
@@ -167,8 +166,9 @@ class CurvatureScaledGradient(Statistic):
 
     def score(self, statistic: Tensor, state: Mapping[str, Any]) -> Tensor:
         """Squared gradient over curvature."""
-        curvature: Tensor = state["curvature"].abs()
-        return statistic.square() / curvature.clamp(min=torch.finfo(torch.float32).tiny)
+        limits = torch.finfo(torch.float32)
+        curvature: Tensor = state["curvature"].abs().clamp(min=limits.tiny)
+        return (statistic.square() / curvature).clamp(max=limits.max)
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,10 @@ class Lowest(Statistic):
     """
 
     statistic: Statistic
+
+    def __post_init__(self) -> None:
+        for needed in ("needs_curvature", "counts", "random"):
+            object.__setattr__(self, needed, getattr(self.statistic, needed))
 
     def init(self, param: Tensor, *, seed: int, key: int) -> Tensor:
         """That of the other statistic."""

@@ -267,7 +267,12 @@ def test_the_share_of_entries_that_have_moved_is_1_minus_1_minus_p_to_the_t(fide
     shares = {}
     for t in range(1, 11):
         p.grad = torch.randn(n, generator=torch.Generator().manual_seed(t)).sign()
+        before = p.detach().clone()
         optimizer.step()
+        coasting = ever & ~optimizer.mask(p)
+        assert (p.detach() != before)[coasting].float().mean() > 0.999 or t == 1, (
+            "momentum moves the unselected"
+        )
         ever |= optimizer.mask(p)
         moved = p.detach() != start
         assert not (moved & ~ever).any()

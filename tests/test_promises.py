@@ -723,8 +723,8 @@ def test_without_decay_frozen_and_zero_grad_are_the_same_for_a_static_seeded_mas
 def test_without_decay_frozen_and_zero_grad_are_the_same_for_a_static_selection(policy_id, dtype):
     """Unselected entries bit for bit, selected ones within 4 eps a step of the largest weight.
 
-    The moments lie compact in one run and parameter-shaped in the other, and torch may contract vector bodies and
-    scalar tails differently. Not for bfloat16 and float16: there compact state has float32 moments and a master.
+    The moments lie compact in one run and parameter-shaped in the other, and torch may round vector bodies
+    and scalar tails differently. Not for bfloat16 and float16, where compact state has a float32 master.
     """
 
     def run(unselected):
@@ -992,8 +992,9 @@ def test_groups_that_are_not_masked_wait_while_nothing_moves_and_then_train_as_a
     )
     dense = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.1, foreach=False)
     for t in range(8):
-        body.grad, head.grad = (torch.randn(50, generator=torch.Generator().manual_seed(t)) for _ in range(2))
-        twin.grad = head.grad.clone()
+        body.grad = torch.randn(50, generator=torch.Generator().manual_seed(t))
+        # would win every selection it took part in
+        head.grad, twin.grad = 100 * body.grad, 100 * body.grad
         optimizer.step()
         if t < 3:
             assert torch.equal(head, torch.linspace(-1, 1, 50))
@@ -1032,10 +1033,15 @@ def test_non_finite_gradients_count_zero_and_warn_once(scope, statistic):
         for t in range(6):
             for i, p in enumerate(params.values()):
                 p.grad = torch.randn(30, generator=torch.Generator().manual_seed(10 * t + i))
-            if t in (0, 2):  # far from the step that selects, and twice
-                params["second"].grad[3] = math.nan if spoil else 0.0
-                params["second"].grad[4] = math.inf if spoil else 0.0
-                params["third"].grad[5] = -math.inf if spoil else 0.0
+            # entries 3 to 5 earn their selection elsewhere, entry 6 does not: zero is neither out nor in
+            earned = 9.0 if t == 1 else 0.0
+            for name, entry, value in (
+                ("second", 3, math.nan),
+                ("second", 4, math.inf),
+                ("third", 5, -math.inf),
+            ):
+                params[name].grad[entry] = value if spoil and t in (0, 2) else earned
+            params["third"].grad[6] = -math.inf if spoil and t == 0 else 0.0
             optimizer.step()
         return [(p.detach().clone(), optimizer.mask(p)) for p in params.values()]
 

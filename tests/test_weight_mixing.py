@@ -1,7 +1,7 @@
-"""Mixed weights are what the formulas say while a layer trains, raw at any other time, and gone after `remove()`.
+"""Mixed weights are what the formulas say while a layer trains, raw at other times, gone after `remove()`.
 
-DPS is followed by an oracle in float64 NumPy (tests/oracles/dps.py) that is told the draws: they are those of torch's
-generator, seeded anew before each forward, in the order of the layers.
+DPS is followed by an oracle in float64 NumPy (tests/oracles/dps.py) that is told the draws: they are those of
+torch's generator, seeded anew before each forward, in the order of the layers.
 """
 
 import copy
@@ -226,7 +226,7 @@ def gradients_at(model, weights, number):
 
 
 def selections_without(follower):
-    """What the last scores would have selected by squares, by squares per count, and with a penalty as well."""
+    """What the last stage would have selected by squares, by squares per count, and with a penalty."""
     probe = copy.copy(follower)
     masks = []
     for rank in (
@@ -301,18 +301,15 @@ def test_both_stages_begin_where_the_weight_is(fidelity):
     # equal and not merely close: W - A is zero there
     net, optimizer, _ = mixed(fidelity)
     x = torch.randn(4, 6)
-    began = []
-    for number in range(9):
-        phase = optimizer.param_groups[0]["phase"]
-        if phase not in began and phase != 2:
-            began.append(phase)
-            mixed_output = net(x)
-            assert torch.equal(mixed_output, net.eval()(x))
-            net.train()
+    for number in range(7):
+        output, plain = net(x), net.eval()(x)
+        net.train()
+        if number in (0, 3):
+            assert torch.equal(output, plain)
+        # the second stage I, at 6, mixes with the weights before training again
+        elif number in (2, 6) or fidelity == "release":
+            assert not torch.equal(output, plain)
         advance(net, optimizer, number)
-    assert began == [0, 1]
-    # W0 is that of the beginning, in the second stage I too
-    assert optimizer.param_groups[0]["phase"] == 3 or not torch.equal(net(x), net.eval()(x))
 
 
 def test_stage_two_of_the_release_is_the_formula_with_the_mask_and_the_weight_it_began_with():
@@ -503,31 +500,19 @@ def test_counts_are_those_of_the_draws_since_stage_one_began(fidelity, micro_bat
 
 
 def test_counts_decide_what_is_selected():
-    # the same gradients with and without a handle that counts
     net, optimizer, handle = mixed("release", u=1, density=0.5)
-    other = copy.deepcopy(groups_of(Net()))
-    plain = DPSAdamW(other, lr=0.05, variant="mix", density=0.5, update_steps=1, fidelity="release")
-    net.loss(0).backward()
-    # three more backward passes of draws, of which no gradient is kept
-    for number in range(3):
+    for number in range(4):
+        # a backward pass of which no gradient is kept
         torch.autograd.grad(net.loss(number), raw(net.first))
-    grads = {
-        name: p.grad
-        for group in optimizer.param_groups
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-    }
-    for group in plain.param_groups:
-        for name, p in zip(group["param_names"], group["params"], strict=True):
-            p.grad = grads[name].clone()
-    count = handle.counts()["first.weight"].clone()
-    squares = raw(net.first).grad.square()
-    for each in (optimizer, plain):
-        each.step()
-        each.step()
-    mask, mask_without = optimizer.mask(raw(net.first)), plain.mask(plain.param_groups[0]["params"][0])
-    expected = (squares / count.clamp(min=1)).flatten().topk(15).indices
-    assert torch.equal(mask.flatten().nonzero()[:, 0], expected.sort().values)
-    assert not torch.equal(mask, mask_without)
+    raw(net.first).grad = torch.randn(5, 6)
+    squares, count = raw(net.first).grad.square(), handle.counts()["first.weight"]
+    assert len(count.unique()) > 2
+    optimizer.step()
+    optimizer.step()
+    # release, and u < 50: no penalty
+    expected = (squares / count.clamp(min=1)).flatten().topk(15).indices.sort().values
+    assert torch.equal(optimizer.mask(raw(net.first)).flatten().nonzero()[:, 0], expected)
+    assert not torch.equal(squares.flatten().topk(15).indices.sort().values, expected)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -652,7 +637,7 @@ def test_an_optimizer_built_after_another_mixing_was_removed_or_stays_elsewhere_
     handle.remove()
     for number in range(6):
         advance(net, optimizer, number)
-    assert own.counts()["second.weight"].max() == 2 or own.counts()["second.weight"].sum() > 0
+    assert 0 < own.counts()["second.weight"].max() <= 2
 
 
 def test_snapshots_follow_the_model_and_stay_out_of_its_state_dict():
@@ -689,7 +674,7 @@ def test_a_copy_evaluates_as_the_model_and_does_not_train_or_copy_the_optimizer(
     assert torch.equal(twin.eval()(x), net.eval()(x))
     assert twin.first.parametrizations.weight[0].stages is net.first.parametrizations.weight[0].stages
     twin.train()
-    with pytest.raises(RuntimeError, match="must train as itself, got a copy of 'first.weight'; call eval"):
+    with pytest.raises(RuntimeError, match=r"must train as itself, got a copy of 'first.weight'; call eval"):
         twin(x)
     single = nn.Linear(3, 3)
     mixout(single, 0.5)
@@ -893,20 +878,20 @@ MIXOUT_ERRORS = {
     "p_is_nan": (Net, {"p": float("nan")}, ValueError, r"p must be in \[0, 1\), got nan"),
     "p_is_text": (Net, {"p": "0.1"}, ValueError, r"p must be in \[0, 1\), got '0.1'"),
     "p_is_bool": (Net, {"p": False}, ValueError, r"p must be in \[0, 1\), got False"),
-    "fidelity": (Net, {"fidelity": "code"}, ValueError, "fidelity must be 'paper' or 'release', got 'code'; "),
-    "string": (Net, {"modules": "first"}, TypeError, r"modules must be a list of patterns, got 'first'; write \['first'\]"),
-    "no_match": (Net, {"modules": ["first", "3rd"]}, ValueError, "each find an nn.Linear layer, got '3rd', which finds none of 3"),
-    "no_regex": (Net, {"modules": ["("]}, ValueError, r"must be regular expressions, got '\(' \(.*\); escape"),
-    "no_patterns": (Net, {"modules": []}, ValueError, "nn.Linear layers whose weights require a gradient, got none in Net"),
-    "no_linear": (lambda: nn.Conv1d(2, 2, 2), {}, ValueError, "got none in Conv1d; other kinds of layers cannot"),
+    "fidelity": (Net, {"fidelity": "code"}, ValueError, "fidelity must be 'paper' or 'release', got 'code'"),
+    "string": (Net, {"modules": "first"}, TypeError, r"list of patterns, got 'first'; write \['first'\]"),
+    "no_match": (Net, {"modules": ["first", "3rd"]}, ValueError, "got '3rd', which finds none of 3; patt"),
+    "no_regex": (Net, {"modules": ["("]}, ValueError, r"be regular expressions, got '\(' \(.*\); escape"),
+    "no_patterns": (Net, {"modules": []}, ValueError, "weights require a gradient, got none in Net; other"),
+    "no_linear": (lambda: nn.Conv1d(2, 2, 2), {}, ValueError, "got none in Conv1d; other kinds of layers"),
     "frozen": (
         lambda: Net().requires_grad_(False), {"modules": ["first"]}, ValueError,
         "whose weights require a gradient, got 'first'; leave the layer out",
     ),
-    "tied_to_embedding": (tied_to_embedding, {}, ValueError, "must not share weights, got 'embed' and 'head', which do; untie"),
+    "tied_to_embedding": (tied_to_embedding, {}, ValueError, "got 'embed' and 'head', which do; untie"),
     "tied_layers": (tied_layers, {}, ValueError, "must not share weights, got 'a' and 'b', which do; untie"),
-    "parametrized": (parametrized, {}, ValueError, "must have plain weights, got 'first', which is parametrized already; remove"),
-    "twice": (twice, {}, ValueError, "must have plain weights, got 'first', which is parametrized already; remove"),
+    "parametrized": (parametrized, {}, ValueError, "got 'first', which is parametrized already; remove that"),
+    "twice": (twice, {}, ValueError, "must have plain weights, got 'first', which is parametrized already"),
 }  # fmt: skip
 
 
@@ -925,8 +910,8 @@ def dps(net, **options):
 
 
 MIX_ERRORS = {
-    "adamw": (lambda n: torch.optim.AdamW(n.parameters()), {}, TypeError, r"DPSAdamW\(variant='mix'\), got AdamW; pass"),
-    "dense": (lambda n: dps(n, variant="dense"), {}, ValueError, "got policy=TopK.*; construct it with variant='mix'"),
+    "adamw": (lambda n: torch.optim.AdamW(n.parameters()), {}, TypeError, r"='mix'\), got AdamW; pass"),
+    "dense": (lambda n: dps(n, variant="dense"), {}, ValueError, r"got policy=TopK.*; construct it"),
     "bernoulli": (
         lambda n: MaskedAdamW(n.named_parameters(), policy=Bernoulli(0.5)), {}, ValueError,
         "got policy=Bernoulli.*; construct it with variant='mix'",
@@ -950,7 +935,7 @@ MIX_ERRORS = {
         lambda n: DPSAdamW(groups_of(n), variant="mix", update_steps=2), {"modules": ["head"]}, ValueError,
         "whose weights the optimizer masks, got 'head'; leave the layer out",
     ),
-    "another_models": (lambda n: dps(Net()), {}, ValueError, "whose weights the optimizer masks, got none in Net"),
+    "another_models": (lambda n: dps(Net()), {}, ValueError, "the optimizer masks, got none in Net; other"),
 }  # fmt: skip
 
 
@@ -990,7 +975,7 @@ def run_rank(rank, folder, fidelity):
     wrapped = nn.parallel.DistributedDataParallel(net)
     torch.manual_seed(rank)
     seen = []
-    for number in range(10):
+    for _ in range(10):
         optimizer.zero_grad()
         x = torch.randn(7, 6)
         (wrapped(x) - x[:, :2]).square().mean().backward()
@@ -1032,7 +1017,8 @@ def test_bert_trains_with_mixed_weights(fidelity, checkpointed):
     torch.manual_seed(0)
     model = kind(config)
     if checkpointed:
-        model.gradient_checkpointing_enable()
+        # older versions have only the name that newer ones warn about
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.train()
     groups = param_groups(model, method="dps", fidelity=fidelity)
     optimizer = DPSAdamW(groups, lr=2e-3, variant="mix", update_steps=6, fidelity=fidelity)

@@ -1,7 +1,7 @@
 """Dynamic parameter selection in float64 NumPy, dense and mix, paper and release.
 
-Written from descriptions of the paper and the released code; shares no code with the package. AdamW is torch's: decay
-before the update.
+Written from descriptions of the paper and the released code; shares no code with the package. AdamW is
+torch's: decay before the update.
 """
 
 import math
@@ -16,7 +16,7 @@ def mix(weight, anchor, active, q):
 
 
 class DPS:
-    """Fed with gradients, and in mix with the columns that were active in each backward pass since the last step."""
+    """Fed with gradients, and in mix with the columns that were active in each backward pass of the step."""
 
     def __init__(
         self, weights, *, masked, variant, fidelity, density, u, lr, decay, betas=(0.9, 0.999), eps=1e-8
