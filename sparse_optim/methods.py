@@ -13,7 +13,13 @@ from torch.optim.optimizer import ParamsT
 
 from .optimizer import MaskedAdamW, Unselected
 from .policies import Bernoulli, Policy, Schedule, TopK, check_steps
-from .scores import CountedSquaredGradient, CurvatureScaledGradient, SignedGradient, SquaredGradient, Statistic
+from .scores import (
+    CountedSquaredGradient,
+    CurvatureScaledGradient,
+    SignedGradient,
+    SquaredGradient,
+    Statistic,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,41 +45,43 @@ class Options(TypedDict, total=False):
 
 
 class ChildTuningAdamW(MaskedAdamW):
-    r"""Child-Tuning: AdamW on a child network, random at each step (F) or chosen by Fisher information once (D).
+    r"""Child-Tuning: AdamW on a child network, random at each step (F) or chosen by Fisher information once
+    (D).
 
     Variant F, task-free: every entry survives with probability `keep`, drawn anew at each step, and surviving
     gradients are divided by `keep`,
 
     .. math:: \tilde g_t = g_t \odot m_t / keep, \quad m_t \sim \mathrm{Bernoulli}(keep).
 
-    Unselected entries take the update of a zero gradient in the paper and in the release, so left-over momentum moves
-    them. Under AdamW the division is a no-op but for `eps`, and displacement is about sqrt(keep) of AdamW's: compare
-    with AdamW at lr * sqrt(keep).
+    Unselected entries take the update of a zero gradient in the paper and in the release, so left-over
+    momentum moves them. Under AdamW the division is a no-op but for `eps`, and displacement is about
+    sqrt(keep) of AdamW's: compare with AdamW at lr * sqrt(keep).
 
-    Variant D, task-driven: the first `observe_steps` calls of `step()` only observe, and nothing moves. Then the
-    `density` of masked entries with the largest sum of squared gradients trains, for ever.
+    Variant D, task-driven: the first `observe_steps` calls of `step()` only observe, and nothing moves. Then
+    the `density` of masked entries with the largest sum of squared gradients trains, for ever.
 
     Args:
-        params: as in `MaskedAdamW`; `param_groups(model, method="child_tuning_d")` leaves out what the method does not
-            mask. Plain `model.parameters()` masks everything.
+        params: as in `MaskedAdamW`; `param_groups(model, method="child_tuning_d")` leaves out what the method
+            does not mask. Plain `model.parameters()` masks everything.
         lr, betas, eps, weight_decay, amsgrad: as in `torch.optim.AdamW`.
         variant: "F" or "D".
         keep: F only: probability that an entry survives; 0.3 when not given. The paper's p_F.
-        density: D only: share of masked entries that trains; 0.3 when not given. The paper's p_D. (The released code
-            calls both `reserve_p`.)
-        observe_steps: D only, and needed there: how many `step()` calls observe. The released code makes one pass over
-            the training set, `len(dataloader)`. None: observation is explicit, by `optimizer.observe()`.
+        density: D only: share of masked entries that trains; 0.3 when not given. The paper's p_D. (The
+            released code calls both `reserve_p`.)
+        observe_steps: D only, and needed there: how many `step()` calls observe. The released code makes one
+            pass over the training set, `len(dataloader)`. None: observation is explicit, by
+            `optimizer.observe()`.
         fidelity: "paper", or "release" for what the authors' code does:
 
             | | "paper" | "release" |
             | --- | --- | --- |
             | F | as above | the same |
-            | D, Fisher information | squared gradients, as observed (use batches of one for the paper's sum over examples) | of gradients clipped to norm 1 per tensor |
-            | D, selected | exactly int(density n), ties to the lowest index | at or above NumPy's percentile: all ties |
+            | D, Fisher information | squared gradients, as observed | the same, clipped to norm 1 per tensor |
+            | D, selected | int(density n), ties to the lowest index | at or above NumPy's percentile, all ties |
             | D, the others | frozen | weight decay still moves them |
 
-            The release decays weights after the update and torch before it, which differs by lr^2 weight_decay; this is
-            torch's order.
+            Observe batches of one example for the paper's sum over examples. The release decays weights after the update and torch before it, which differs by lr^2
+            weight_decay; this is torch's order.
 
         unselected: as in `MaskedAdamW`; None follows the method.
         options: as in `MaskedAdamW`.
@@ -85,10 +93,11 @@ class ChildTuningAdamW(MaskedAdamW):
         >>> import torch
         >>> from sparse_optim import ChildTuningAdamW
         >>> model = torch.nn.Linear(4, 2)
-        >>> optimizer = ChildTuningAdamW(model.parameters(), lr=4e-5, variant="D", density=0.3, observe_steps=100)
+        >>> optimizer = ChildTuningAdamW(model.parameters(), lr=4e-5, variant="D", observe_steps=100)
 
     References:
-        Xu et al., Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning, EMNLP 2021.
+        Xu et al., Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning,
+        EMNLP 2021.
     """
 
     def __init__(
@@ -103,7 +112,7 @@ class ChildTuningAdamW(MaskedAdamW):
         variant: Literal["F", "D"],
         keep: float | None = None,
         density: float | None = None,
-        observe_steps: int | None | EllipsisType = ...,
+        observe_steps: int | EllipsisType | None = ...,
         fidelity: Fidelity = "paper",
         unselected: Unselected | None = None,
         **options: Unpack[Options],
@@ -118,7 +127,9 @@ class ChildTuningAdamW(MaskedAdamW):
             published = "zero_grad"
         elif variant == "D":
             _refuse("keep", keep, None, variant, "density")
-            observe = _observe(observe_steps, "variant='D'", "one pass over the training set: use len(dataloader)")
+            observe = _observe(
+                observe_steps, "variant='D'", "one pass over the training set: use len(dataloader)"
+            )
             policy = TopK(
                 0.3 if density is None else density,
                 statistic=SquaredGradient(clip_norm=1.0 if release else None),
@@ -127,7 +138,9 @@ class ChildTuningAdamW(MaskedAdamW):
             )
             published = "zero_grad" if release else "frozen"
         else:
-            raise ValueError(f"variant must be 'F' or 'D', got {variant!r}; F draws at random, D selects by Fisher.")
+            raise ValueError(
+                f"variant must be 'F' or 'D', got {variant!r}; F draws at random, D selects by Fisher."
+            )
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
             policy=policy, unselected=unselected or published, **options,
@@ -135,32 +148,36 @@ class ChildTuningAdamW(MaskedAdamW):
 
 
 class DPSAdamW(MaskedAdamW):
-    r"""Dynamic parameter selection: `update_steps` dense steps that observe, as many that train a selection, and again.
+    r"""Dynamic parameter selection: `update_steps` dense steps that observe, as many that train a selection,
+    and again.
 
-    In stage I everything trains while squared gradients are summed; then, per tensor, the `density` of masked entries
-    with the highest score trains in stage II, and the sum starts anew in the next stage I. Stages count optimizer
-    steps, never micro-batches.
+    In stage I everything trains while squared gradients are summed; then, per tensor, the `density` of masked
+    entries with the highest score trains in stage II, and the sum starts anew in the next stage I. Stages
+    count optimizer steps, never micro-batches.
 
-    Variant "dense" ranks by the sum of squared gradients. Variant "mix" lets stage I mix pre-trained weights into the
-    forward pass (`sparse_optim.nn.mix_weights`, which reports how often each input feature took part) and ranks by
+    Variant "dense" ranks by the sum of squared gradients. Variant "mix" lets stage I mix pre-trained weights
+    into the forward pass (`sparse_optim.nn.mix_weights`, which reports how often each input feature took
+    part) and ranks by
 
     .. math:: G / \max(C, 1) \cdot e^{-C / u}, \quad u = \text{update\_steps}.
 
     Args:
-        params: as in `MaskedAdamW`; `param_groups(model, method="dps")` masks the weights of linear layers only, as the
-            release does.
+        params: as in `MaskedAdamW`; `param_groups(model, method="dps")` masks the weights of linear layers
+            only, as the release does.
         lr, betas, eps, weight_decay, amsgrad: as in `torch.optim.AdamW`.
         variant: "dense" or "mix".
-        density: share of each masked tensor that stage II trains. The released scripts pass `reserve_p=0.3`, which
-            drops 30 % and keeps 70 %; which of the two the paper's p means is not known.
+        density: share of each masked tensor that stage II trains. The released scripts pass `reserve_p=0.3`,
+            which drops 30 % and keeps 70 %; which of the two the paper's p means is not known.
         update_steps: steps u of each stage.
-        update_ratio, total_steps: in place of `update_steps`, u = int(total_steps * update_ratio); the scripts use 0.05.
-        fidelity: "paper", or "release" for what the authors' code does. The release also sets the model's dropout to
-            zero, and clips gradients after the mask (`max_grad_norm=` does): both are yours to choose.
+        update_ratio, total_steps: in place of `update_steps`, u = int(total_steps * update_ratio); the
+            scripts use 0.05.
+        fidelity: "paper", or "release" for what the authors' code does. The release also sets the model's
+            dropout to zero, and clips gradients after the mask (`max_grad_norm=` does): both are yours to
+            choose.
 
             | | "paper" | "release" |
             | --- | --- | --- |
-            | selected | exactly int(density n), ties to the lowest index (our reading) | at or above the ceil(density n)-th highest: all ties |
+            | selected | int(density n), ties to the lowest index (our reading) | the top ceil(density n), all ties |
             | the others in stage II | frozen | left-over momentum and weight decay move them |
             | frequency penalty of "mix" | always (our reading) | only when update_steps >= 50 |
 
@@ -174,13 +191,14 @@ class DPSAdamW(MaskedAdamW):
         >>> import torch
         >>> from sparse_optim import DPSAdamW
         >>> model = torch.nn.Linear(4, 2)
-        >>> optimizer = DPSAdamW(model.parameters(), lr=2e-5, variant="dense", update_ratio=0.05, total_steps=690)
+        >>> stages = {"update_ratio": 0.05, "total_steps": 690}
+        >>> optimizer = DPSAdamW(model.parameters(), lr=2e-5, variant="dense", **stages)
         >>> optimizer.policy.schedule.train
         34
 
     References:
-        Zhang et al., Fine-Tuning Pre-Trained Language Models Effectively by Optimizing Subnetworks Adaptively,
-        NeurIPS 2022.
+        Zhang et al., Fine-Tuning Pre-Trained Language Models Effectively by Optimizing Subnetworks
+        Adaptively, NeurIPS 2022.
     """
 
     def __init__(
@@ -203,7 +221,9 @@ class DPSAdamW(MaskedAdamW):
     ) -> None:
         release = _is_release(fidelity)
         if variant not in ("dense", "mix"):
-            raise ValueError(f"variant must be 'dense' or 'mix', got {variant!r}; mix needs sparse_optim.nn.mix_weights.")
+            raise ValueError(
+                f"variant must be 'dense' or 'mix', got {variant!r}; mix needs sparse_optim.nn.mix_weights."
+            )
         steps = _stage_length(update_steps, update_ratio, total_steps)
         statistic: Statistic = SquaredGradient()
         if variant == "mix":
@@ -224,26 +244,28 @@ class DPSAdamW(MaskedAdamW):
 class SecondOrderAdamW(MaskedAdamW):
     r"""Second-order approximation method: train the few entries whose training promises the largest decrease.
 
-    The paper calls it SAM; it has nothing to do with sharpness-aware minimisation. For a loss with a diagonal Hessian
-    h at the start, the best k entries to train are those with the largest :math:`g_i^2 / h_i`; with h bounded by a
-    constant these are the largest :math:`|g_i|`, which is the published rule. The first `observe_steps` calls of
-    `step()` sum the gradients with their sign, and nothing moves; then the top `density` trains, for ever.
+    The paper calls it SAM; it has nothing to do with sharpness-aware minimisation. For a loss with a diagonal
+    Hessian h at the start, the best k entries to train are those with the largest :math:`g_i^2 / h_i`; with h
+    bounded by a constant these are the largest :math:`|g_i|`, which is the published rule. The first
+    `observe_steps` calls of `step()` sum the gradients with their sign, and nothing moves; then the top
+    `density` trains, for ever.
 
     Args:
-        params: as in `MaskedAdamW`; `param_groups(model, method="second_order")` leaves a fresh task head unmasked.
+        params: as in `MaskedAdamW`; `param_groups(model, method="second_order")` leaves a fresh task head
+            unmasked.
         lr, betas, eps, weight_decay, amsgrad: as in `torch.optim.AdamW`.
         density: share of masked entries that trains; the script's 0.005.
-        observe_steps: needed: how many `step()` calls observe. The released code sums 599 batches. None: observation
-            is explicit, by `optimizer.observe()`.
+        observe_steps: needed: how many `step()` calls observe. The released code sums 599 batches. None:
+            observation is explicit, by `optimizer.observe()`.
         scope: "global" or "tensor"; None follows `fidelity`.
         curvature: None, or "hutchinson": rank by g^2 / h with the diagonal Hessian that
             `optimizer.observe_curvature(loss)` estimates. Not the published rule, but the theorem behind it.
-        fidelity: "paper", or "release" for what the authors' code does (clip gradients to norm 1 before `step()`, as
-            its trainer does):
+        fidelity: "paper", or "release" for what the authors' code does (clip gradients to norm 1 before
+            `step()`, as its trainer does):
 
             | | "paper" | "release" |
             | --- | --- | --- |
-            | scope | global | per tensor, int(density n) in each: tensors with fewer than 1/density entries get none |
+            | scope | global | per tensor: those with fewer than 1/density entries get none |
             | the others | frozen | weight decay still moves them |
 
         unselected: as in `MaskedAdamW`; None follows the method.
@@ -272,7 +294,7 @@ class SecondOrderAdamW(MaskedAdamW):
         amsgrad: bool = False,
         *,
         density: float = 0.005,
-        observe_steps: int | None | EllipsisType = ...,
+        observe_steps: int | EllipsisType | None = ...,
         scope: Literal["global", "tensor"] | None = None,
         curvature: Literal["hutchinson"] | None = None,
         fidelity: Fidelity = "paper",
@@ -282,7 +304,9 @@ class SecondOrderAdamW(MaskedAdamW):
         release = _is_release(fidelity)
         observe = _observe(observe_steps, "SecondOrderAdamW", "599 batches")
         if curvature not in (None, "hutchinson"):
-            raise ValueError(f"curvature must be None or 'hutchinson', got {curvature!r}; None is the published rule.")
+            raise ValueError(
+                f"curvature must be None or 'hutchinson', got {curvature!r}; None is the published rule."
+            )
         policy = TopK(
             density,
             statistic=CurvatureScaledGradient() if curvature else SignedGradient(),
@@ -300,9 +324,10 @@ class GradDropAdamW(MaskedAdamW):
 
     .. math:: \tilde g = g \odot m, \quad m \sim \mathrm{Bernoulli}(keep)
 
-    The paper has no released code, and its details were not at hand: which of `keep` and drop its p means, the
-    meaning of its variants (here {entry, layer} x {step, epoch}), that left-over momentum moves dropped entries, and
-    that a fresh head always trains (`param_groups(model, method="grad_drop")`) are our definitions.
+    The paper has no released code, and its details were not at hand: which of `keep` and drop its p means,
+    the meaning of its variants (here {entry, layer} x {step, epoch}), that left-over momentum moves dropped
+    entries, and that a fresh head always trains (`param_groups(model, method="grad_drop")`) are our
+    definitions.
 
     | the paper's name | arguments |
     | --- | --- |
@@ -317,17 +342,19 @@ class GradDropAdamW(MaskedAdamW):
         params: as in `MaskedAdamW`; named for `granularity="layer"`.
         lr, betas, eps, weight_decay, amsgrad: as in `torch.optim.AdamW`.
         keep: probability that an entry, or a layer, keeps its gradient.
-        granularity: "entry" or "layer": a numbered layer with all its tensors; parameters outside numbered layers
-            (embeddings, pooler) form a layer with the others of their module.
-        refresh: draw anew every "step", every "epoch" (begun by `optimizer.new_epoch()`), or every so many steps.
+        granularity: "entry" or "layer": a numbered layer with all its tensors; parameters outside numbered
+            layers (embeddings, pooler) form a layer with the others of their module.
+        refresh: draw anew every "step", every "epoch" (begun by `optimizer.new_epoch()`), or every so many
+            steps.
         rescale: divide surviving gradients by `keep`; under AdamW only `eps` sees it.
-        layers: regular expression that finds a parameter's layer in its name, where the usual rule does not fit.
+        layers: regular expression that finds a parameter's layer in its name, where the usual rule does not
+            fit.
         unselected: as in `MaskedAdamW`; None follows the method ("zero_grad").
         options: as in `MaskedAdamW`.
 
     Raises:
-        ValueError: for bad values. RuntimeError: at the first step when `refresh="epoch"` and `new_epoch()` was not
-            called.
+        ValueError: for bad values. RuntimeError: at the first step when `refresh="epoch"` and `new_epoch()`
+            was not called.
 
     Example:
         >>> import torch
@@ -357,7 +384,9 @@ class GradDropAdamW(MaskedAdamW):
         **options: Unpack[Options],
     ) -> None:
         if granularity not in ("entry", "layer"):
-            raise ValueError(f"granularity must be 'entry' or 'layer', got {granularity!r}; choose one of them.")
+            raise ValueError(
+                f"granularity must be 'entry' or 'layer', got {granularity!r}; choose one of them."
+            )
         if refresh not in ("step", "epoch"):
             check_steps("refresh", refresh, "or 'step', or 'epoch'")
         every: Literal["epoch"] | int = 1 if refresh == "step" else refresh
@@ -371,17 +400,21 @@ class GradDropAdamW(MaskedAdamW):
 def _is_release(fidelity: str) -> bool:
     if fidelity not in ("paper", "release"):
         raise ValueError(
-            f"fidelity must be 'paper' or 'release', got {fidelity!r}; 'paper' follows the paper, 'release' its code."
+            f"fidelity must be 'paper' or 'release', got {fidelity!r}; 'paper' follows the paper, 'release' "
+            "its code."
         )
     return fidelity == "release"
 
 
 def _refuse(name: str, value: object, not_given: object, variant: str, instead: str) -> None:
     if value != not_given:
-        raise ValueError(f"{name} must not be given for variant={variant!r}, got {value!r}; leave it out, or use {instead}=.")
+        raise ValueError(
+            f"{name} must not be given for variant={variant!r}, got {value!r}; leave it out, or use "
+            f"{instead}=."
+        )
 
 
-def _observe(observe_steps: int | None | EllipsisType, where: str, released: str) -> int | None:
+def _observe(observe_steps: int | EllipsisType | None, where: str, released: str) -> int | None:
     remedy = f"the released code observes {released}, or use None to call optimizer.observe() yourself"
     if isinstance(observe_steps, EllipsisType):
         raise ValueError(f"observe_steps must be given for {where}, got none; {remedy}.")
@@ -401,7 +434,8 @@ def _stage_length(update_steps: int | None, update_ratio: float | None, total_st
         return update_steps
     if update_ratio is None or total_steps is None:
         raise ValueError(
-            "update_steps must be given, got none; or give update_ratio=0.05 and total_steps=, as the released scripts do."
+            "update_steps must be given, got none; or give update_ratio=0.05 and total_steps=, as the "
+            "released scripts do."
         )
     steps = int(total_steps * update_ratio)
     if steps < 1:
@@ -413,7 +447,9 @@ def _stage_length(update_steps: int | None, update_ratio: float | None, total_st
 
 
 # heads that a pre-trained checkpoint does not contain, by the names that model families give them
-_FRESH_HEAD = re.compile(r"(^|\.)(classifier|score|classification_head|qa_outputs|pre_classifier|sequence_summary)\.")
+_FRESH_HEAD = re.compile(
+    r"(^|\.)(classifier|score|classification_head|qa_outputs|pre_classifier|sequence_summary)\."
+)
 _NORM_NAMES = re.compile(r"bias$|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)", re.IGNORECASE)
 _METHODS = ("child_tuning_f", "child_tuning_d", "dps", "second_order", "grad_drop")
 
@@ -428,14 +464,15 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Named parameter groups with the usual split of weight decay and the exemptions of a method.
 
-    Biases and the parameters of normalisation layers are not decayed (`fidelity="release"`: those whose name contains
-    "bias" or "LayerNorm.weight"). Parameters that do not require a gradient are left out, tied ones appear once.
+    Biases and the parameters of normalisation layers are not decayed (`fidelity="release"`: those whose name
+    contains "bias" or "LayerNorm.weight"). Parameters that do not require a gradient are left out, tied ones
+    appear once.
 
     | method | trained densely (`masked=False`) |
     | --- | --- |
     | None | nothing |
     | `"child_tuning_f"` | nothing, in paper and release |
-    | `"child_tuning_d"` | a fresh task head; `"release"`: everything whose name lacks "layer" (embeddings, pooler, head) |
+    | `"child_tuning_d"` | a fresh task head; `"release"`: whatever has no "layer" in its name |
     | `"dps"` | everything but the weights of linear layers, as released; the paper's set is not known |
     | `"second_order"`, `"grad_drop"` | a fresh task head (for the second, our definition) |
 
@@ -445,7 +482,8 @@ def param_groups(
         exempt: regular expressions, searched in parameter names, in place of the table's exemptions.
 
     Returns:
-        Groups for any optimizer that takes named parameters, `torch.optim.AdamW` included; empty ones are left out.
+        Groups for any optimizer that takes named parameters, `torch.optim.AdamW` included; empty ones are
+        left out.
 
     Raises:
         ValueError: for an unknown method, or a model in which the method would mask nothing.
@@ -460,7 +498,9 @@ def param_groups(
     """
     release = _is_release(fidelity)
     if method is not None and method not in _METHODS:
-        raise ValueError(f"method must be None or one of {', '.join(_METHODS)}, got {method!r}; choose one of them.")
+        raise ValueError(
+            f"method must be None or one of {', '.join(_METHODS)}, got {method!r}; choose one of them."
+        )
     patterns = None if exempt is None else [re.compile(pattern) for pattern in exempt]
 
     def parameters_of(*kinds: type[nn.Module], named: str = "") -> set[int]:
@@ -468,7 +508,8 @@ def param_groups(
         return {id(p) for module in modules for p in module.parameters()}
 
     norms = parameters_of(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-    # GPT-2's linear layers have a class of their own, and an output layer tied to the embeddings is one of these
+    # GPT-2's linear layers have a class of their own, and an output layer tied to the embeddings is one of
+    # these
     linear = parameters_of(nn.Linear, named="Conv1D") - parameters_of(nn.Embedding)
 
     def masked(name: str, p: Tensor) -> bool:
@@ -491,7 +532,8 @@ def param_groups(
             groups.setdefault((masked(name, p), decayed(name, p)), []).append((name, p))
     if not any(is_masked for is_masked, _ in groups):
         raise ValueError(
-            f"method={method!r} must leave something to mask in {type(model).__name__}, got only exempt parameters; "
+            f"method={method!r} must leave something to mask in {type(model).__name__}, got only exempt "
+            "parameters; "
             "give exempt= for a model with other names."
         )
     return [

@@ -1,6 +1,7 @@
-"""`MaskedAdamW`: AdamW that trains the entries a policy selects. Validation, clock and state; the arithmetic is elsewhere.
+"""`MaskedAdamW`: AdamW that trains the entries a policy selects. Validation, clock and state; no arithmetic.
 
-    p.grad --accumulate_--> statistic --score--> policy --histogram, compact--> mask --adamw_--> p, exp_avg, exp_avg_sq
+p.grad --accumulate_--> statistic --score--> policy --histogram, compact--> mask --adamw_--> p, exp_avg,
+exp_avg_sq
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, overload
@@ -35,11 +36,25 @@ from .policies import Bernoulli, GradualUnfreezing, Policy, TopK, layer_of
 
 Unselected = Literal["frozen", "zero_grad", "track"]
 _UNSELECTED = ("frozen", "zero_grad", "track")
-# the optimizer's own numbers, equal in every group: they survive every way of saving that keeps torch's state dict
+# the optimizer's own numbers, equal in every group: they survive every way of saving that keeps torch's state
+# dict
 _CLOCK = ("seed", "clock", "phase", "draw", "epoch")
-_CONSTRUCTOR_ONLY = {"policy", "unselected", "backend", "state_dtype", "stochastic_rounding", "release_gradients"} | {
-    "max_grad_norm", "variant", "fidelity", "keep", "density", "observe_steps", "statistic", "schedule"
-}  # fmt: skip
+_CONSTRUCTOR_ONLY = {
+    "policy",
+    "unselected",
+    "backend",
+    "state_dtype",
+    "stochastic_rounding",
+    "release_gradients",
+    "max_grad_norm",
+    "variant",
+    "fidelity",
+    "keep",
+    "density",
+    "observe_steps",
+    "statistic",
+    "schedule",
+}
 # how the arithmetic runs is the running program's choice, not the checkpoint's
 _SWITCHES = ("foreach", "capturable", "differentiable", "fused")
 _WRAPPERS = re.compile(r"^module\.|(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
@@ -47,7 +62,9 @@ _PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original(\d
 
 
 def _clean_name(name: str) -> str:
-    """A parameter's name in the plain model, without what DDP, torch.compile, checkpointing and parametrizations add."""
+    """A parameter's name in the plain model, without what DDP, torch.compile, checkpointing and
+    parametrizations add.
+    """
     # the number stays: weight normalisation makes two parameters, original0 and original1, of one
     while (shorter := _PARAMETRIZED.sub(r"\1\2", _WRAPPERS.sub("", name))) != name:
         name = shorter
@@ -67,23 +84,24 @@ class _Bucket:
 class MaskedAdamW(Optimizer):
     r"""AdamW on the entries that a policy selects; a drop-in for `torch.optim.AdamW`, which `policy=None` is.
 
-    At each step the policy gives a mask :math:`M_t`, and selected entries take the update of AdamW. What happens to
-    the others is said by `unselected`:
+    At each step the policy gives a mask :math:`M_t`, and selected entries take the update of AdamW. What
+    happens to the others is said by `unselected`:
 
     | value | their weights | their moments | weight decay on them | moments stored |
     | --- | --- | --- | --- | --- |
-    | `"frozen"` | bit-identical, always | untouched | none | `[nnz]` float32 where a list can say the mask, else parameter-shaped |
-    | `"zero_grad"` | moved by left-over momentum and decay | updated with a zero gradient | yes | parameter-shaped |
-    | `"track"` | bit-identical | updated with the full gradient | none | parameter-shaped |
+    | `"frozen"` | bit-identical, always | untouched | none | `[nnz]` for a list, else as below |
+    | `"zero_grad"` | moved by momentum and decay | take a zero gradient | yes | parameter-shaped |
+    | `"track"` | bit-identical | take the full gradient | none | parameter-shaped |
 
-    A `TopK` policy whose observing steps train nothing keeps compact moments under `"frozen"`, and a float32 master of
-    every selected entry of a bfloat16 or float16 parameter. Under `Bernoulli` with `"frozen"` an entry's first updates
-    can be larger than AdamW's (typically 0.5 to 1/sqrt(keep) times), since one step count serves the whole tensor.
+    A `TopK` policy whose observing steps train nothing keeps compact moments under `"frozen"`, and a float32
+    master of every selected entry of a bfloat16 or float16 parameter. Under `Bernoulli` with `"frozen"` an
+    entry's first updates can be larger than AdamW's (typically 0.5 to 1/sqrt(keep) times), since one step
+    count serves the whole tensor.
 
     Args:
-        params: parameters, `model.named_parameters()`, or groups as in torch. Names make masks independent of the
-            order of parameters. A group may override numbers, and set `masked=False`: its parameters train densely,
-            except while a schedule trains nothing.
+        params: parameters, `model.named_parameters()`, or groups as in torch. Names make masks independent of
+            the order of parameters. A group may override numbers, and set `masked=False`: its parameters
+            train densely, except while a schedule trains nothing.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`.
         policy: `Bernoulli(...)`, `TopK(...)`, or None for every entry. One per optimizer.
         unselected: "frozen", "zero_grad" or "track".
@@ -93,18 +111,19 @@ class MaskedAdamW(Optimizer):
         stochastic_rounding: round bfloat16 parameters with parameter-shaped moments stochastically.
         release_gradients: not available yet.
         max_grad_norm: scale the gradients down so that the norm of the *selected* entries is at most this.
-        foreach, fused: for compatibility. `foreach` and `fused=False` run the reference backend, `fused=True` demands
-            an accelerated one.
+        foreach, fused: for compatibility. `foreach` and `fused=False` run the reference backend, `fused=True`
+            demands an accelerated one.
         capturable: not available yet.
         differentiable: run the reference backend under autograd.
 
     Raises:
         ValueError, TypeError: for bad values and types, before anything is changed.
-        RuntimeError: for a backend that is missing, sparse gradients, and a step that has nothing to select from.
+        RuntimeError: for a backend that is missing, sparse gradients, and a step that has nothing to select
+            from.
         NotImplementedError: for what is not available yet.
 
-    State: per parameter `step`, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`) as in torch, plus where needed `indices`
-    or `bits` (the mask), `master`, `age`, `statistic`, `nonfinite`, `key`.
+    State: per parameter `step`, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`) as in torch, plus where needed
+    `indices` or `bits` (the mask), `master`, `age`, `statistic`, `nonfinite`, `key`.
 
     Example:
         >>> import torch
@@ -156,25 +175,38 @@ class MaskedAdamW(Optimizer):
         betas = _check_hyperparameters(lr, betas, eps, weight_decay, foreach=foreach, capturable=capturable)
         backends.check(backend, fused=fused, foreach=foreach, differentiable=differentiable)
         if policy is not None and not isinstance(policy, Policy):
-            raise TypeError(f"policy must be a Bernoulli, TopK, GradualUnfreezing or None, got {policy!r}; pass an instance.")
+            raise TypeError(
+                f"policy must be a Bernoulli, TopK, GradualUnfreezing or None, got {policy!r}; pass an "
+                "instance."
+            )
         if unselected not in _UNSELECTED:
             raise ValueError(
                 f"unselected must be one of {', '.join(map(repr, _UNSELECTED))}, got {unselected!r}; "
                 "choose what happens to the other entries."
             )
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-            raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}; use any number in that range.")
-        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
-            raise ValueError(f"state_dtype must be a floating dtype or None, got {state_dtype!r}; use torch.float32.")
+            raise ValueError(
+                f"seed must be an integer in [0, 2**63), got {seed!r}; use any number in that range."
+            )
+        if state_dtype is not None and not (
+            isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point
+        ):
+            raise ValueError(
+                f"state_dtype must be a floating dtype or None, got {state_dtype!r}; use torch.float32."
+            )
         if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
-            raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm!r}; use None for no clipping.")
+            raise ValueError(
+                f"max_grad_norm must be positive, got {max_grad_norm!r}; use None for no clipping."
+            )
         if isinstance(policy, Bernoulli) and policy.rescale and unselected == "track":
             raise ValueError(
-                "rescale must be False when unselected='track', got True; the moments take the full gradient there."
+                "rescale must be False when unselected='track', got True; the moments take the full gradient "
+                "there."
             )
         if isinstance(policy, GradualUnfreezing) and unselected != "frozen":
             raise ValueError(
-                f"unselected must be 'frozen' under GradualUnfreezing, got {unselected!r}; its layers start untouched."
+                f"unselected must be 'frozen' under GradualUnfreezing, got {unselected!r}; its layers start "
+                "untouched."
             )
         for name, asked in (("release_gradients", release_gradients), ("capturable", capturable)):
             if asked:
@@ -249,7 +281,9 @@ class MaskedAdamW(Optimizer):
         self._advance()
 
     def _buckets(self) -> list[_Bucket]:
-        """Parameters with gradients, by group, device and dtype. Refuses what cannot be stepped before any change."""
+        """Parameters with gradients, by group, device and dtype. Refuses what cannot be stepped before any
+        change.
+        """
         self._follow_swapped_parameters()
         buckets: dict[tuple[object, ...], _Bucket] = {}
         for number, group in enumerate(self.param_groups):
@@ -267,7 +301,8 @@ class MaskedAdamW(Optimizer):
         by_epoch = isinstance(self.policy, Bernoulli | GradualUnfreezing) and self.policy.every == "epoch"
         if by_epoch and self._number("epoch") == 0:
             raise RuntimeError(
-                "every='epoch' needs optimizer.new_epoch() at the start of every epoch, the first included, got no call; "
+                "every='epoch' needs optimizer.new_epoch() at the start of every epoch, the first included, "
+                "got no call; "
                 "call it, or give every= a number of steps."
             )
         return list(buckets.values())
@@ -314,7 +349,8 @@ class MaskedAdamW(Optimizer):
         spoiled = [p for p in observed if self.state[p]["nonfinite"]]
         if spoiled:
             warnings.warn(
-                f"{len(spoiled)} of {len(observed)} observed parameters had non-finite gradient entries, which counted as "
+                f"{len(spoiled)} of {len(observed)} observed parameters had non-finite gradient entries, "
+                "which counted as "
                 f"zero; the first is {self._name(spoiled[0])!r}.",
                 stacklevel=4,
             )
@@ -333,7 +369,8 @@ class MaskedAdamW(Optimizer):
                     self._remap(p, state, mask.indices)
                 state["indices"] = mask.indices
         for p, state in self.state.items():
-            # not observed this time: nothing of it is selected any more (users may keep notes under other keys)
+            # not observed this time: nothing of it is selected any more (users may keep notes under other
+            # keys)
             if isinstance(p, Tensor) and p not in masks:
                 if "bits" in state:
                     state["bits"] = torch.zeros_like(state["bits"])
@@ -346,7 +383,9 @@ class MaskedAdamW(Optimizer):
     def _remap(self, p: Tensor, state: dict[str, Any], indices: Tensor) -> None:
         if "age" not in state:
             state["age"] = torch.full_like(state["indices"], int(state["step"]), dtype=torch.int32)
-        compact = [key for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age") if key in state]
+        compact = [
+            key for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age") if key in state
+        ]
         carried = self._backend(p.device).remap_(state["indices"], indices, [state[key] for key in compact])
         state.update(zip(compact, carried, strict=True))
 
@@ -356,13 +395,18 @@ class MaskedAdamW(Optimizer):
         calls: list[tuple[_Bucket, list[Mask]]] = []
         for bucket in buckets:
             masks = [self._mask(p, bucket.group, observing=observing, draw=draw) for p in bucket.params]
-            # tensors whose entries have ages of their own cannot share a call with those that have one step for all
-            kinds = [(type(m), "age" in self.state.get(p, {})) for p, m in zip(bucket.params, masks, strict=True)]
+            # tensors whose entries have ages of their own cannot share a call with those that have one step
+            # for all
+            kinds = [
+                (type(m), "age" in self.state.get(p, {})) for p, m in zip(bucket.params, masks, strict=True)
+            ]
             for kind in dict.fromkeys(kinds):
                 part = [i for i, mask in enumerate(masks) if kinds[i] == kind and mask is not NOTHING]
                 if part:
                     params, grads = [bucket.params[i] for i in part], [bucket.grads[i] for i in part]
-                    calls.append((_Bucket(bucket.group, bucket.backend, params, grads), [masks[i] for i in part]))
+                    calls.append(
+                        (_Bucket(bucket.group, bucket.backend, params, grads), [masks[i] for i in part])
+                    )
         verbs = [self._verb(bucket, masks) for bucket, masks in calls]
         grad_scale = self._clip([norm for _, norm in verbs]) if self.max_grad_norm is not None else None
         for update, _ in verbs:
@@ -371,15 +415,23 @@ class MaskedAdamW(Optimizer):
     def _verb(
         self, bucket: _Bucket, masks: list[Mask]
     ) -> tuple[Callable[[Tensor | None], None], Callable[[], Tensor]]:
-        """The update of a bucket under masks of one kind, and the squared norm of the gradients that it applies."""
+        """The update of a bucket under masks of one kind, and the squared norm of the gradients that it
+        applies.
+        """
         group, backend, first = bucket.group, bucket.backend, masks[0]
-        states = [self._start(p, mask, group["amsgrad"]) for p, mask in zip(bucket.params, masks, strict=True)]
+        states = [
+            self._start(p, mask, group["amsgrad"]) for p, mask in zip(bucket.params, masks, strict=True)
+        ]
 
         def column(key: str) -> list[Tensor]:
             return [state[key] for state in states if key in state]
 
         grads, params = bucket.grads, bucket.params
-        moments = [column("exp_avg"), column("exp_avg_sq"), column("max_exp_avg_sq") if group["amsgrad"] else []]
+        moments = [
+            column("exp_avg"),
+            column("exp_avg_sq"),
+            column("max_exp_avg_sq") if group["amsgrad"] else [],
+        ]
         if params[0].is_complex():
             grads, params = [torch.view_as_real(g) for g in grads], [torch.view_as_real(p) for p in params]
             moments = [[torch.view_as_real(m) for m in column] for column in moments]
@@ -427,7 +479,11 @@ class MaskedAdamW(Optimizer):
         """The factor that brings the norm of everything that is applied down to `max_grad_norm`."""
         assert self.max_grad_norm is not None
         parts = [squared_norm() for squared_norm in squared_norms]
-        total = torch.stack([part.to(parts[0].device) for part in parts]).sum().sqrt() if parts else torch.zeros(())
+        total = (
+            torch.stack([part.to(parts[0].device) for part in parts]).sum().sqrt()
+            if parts
+            else torch.zeros(())
+        )
         return (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
 
     def _mask(self, p: Tensor, group: dict[str, Any], *, observing: bool, draw: int) -> Mask:
@@ -462,7 +518,9 @@ class MaskedAdamW(Optimizer):
             else:
                 # a complex parameter keeps complex moments, as in torch
                 dtype = p.dtype if p.is_complex() or self.state_dtype is None else self.state_dtype
-                fresh = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+                fresh = torch.zeros_like(
+                    p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+                )
             state["exp_avg"], state["exp_avg_sq"] = fresh, fresh.clone()
         if amsgrad and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
@@ -519,7 +577,8 @@ class MaskedAdamW(Optimizer):
     def observe(self) -> None:
         """Add the gradients that the parameters hold now to the statistic of an explicit schedule.
 
-        Call it after a backward pass, and `zero_grad()` after it. The next `step()`, or `select()`, then selects.
+        Call it after a backward pass, and `zero_grad()` after it. The next `step()`, or `select()`, then
+        selects.
 
         Raises:
             RuntimeError: unless the policy is a `TopK` with `Schedule(observe=None)`.
@@ -530,7 +589,8 @@ class MaskedAdamW(Optimizer):
         buckets = [bucket for bucket in self._buckets() if bucket.group["masked"]]
         if not buckets:
             raise RuntimeError(
-                "observe() needs the gradient of a masked parameter, got none; call it after backward(), before zero_grad()."
+                "observe() needs the gradient of a masked parameter, got none; call it after backward(), "
+                "before zero_grad()."
             )
         self._accumulate(buckets)
         phase = self._number("phase")
@@ -554,10 +614,12 @@ class MaskedAdamW(Optimizer):
         """Say how often the entries of a parameter took part since observation began.
 
         Args:
-            name: of a masked parameter. count: any shape that broadcasts to the parameter's, such as [in features].
+            name: of a masked parameter. count: any shape that broadcasts to the parameter's, such as [in
+                features].
 
         Raises:
-            RuntimeError: when the policy's statistic does not use counts. ValueError: for an unknown name or shape.
+            RuntimeError: when the policy's statistic does not use counts. ValueError: for an unknown name or
+                shape.
         """
         if not isinstance(self.policy, TopK) or not self.policy.statistic.counts:
             raise RuntimeError(
@@ -578,7 +640,8 @@ class MaskedAdamW(Optimizer):
             count.expand(p.shape)
         except RuntimeError as error:
             raise ValueError(
-                f"count must broadcast to {tuple(p.shape)}, got {tuple(count.shape)}; for counts of input features of a "
+                f"count must broadcast to {tuple(p.shape)}, got {tuple(count.shape)}; for counts of input "
+                "features of a "
                 f"linear weight give [{p.shape[-1] if p.dim() else 1}]."
             ) from error
         self._start(p)["count"] = count
@@ -586,28 +649,30 @@ class MaskedAdamW(Optimizer):
     def observe_curvature(self, loss: Tensor) -> None:
         """Add one Hutchinson estimate of the diagonal of the Hessian: z * (H z) with random signs z.
 
-        Call it while observing, with a loss whose graph is still there, before `loss.backward()`; it leaves `.grad`
-        alone. Costs about two backward passes and needs operations that can be differentiated twice.
+        Call it while observing, with a loss whose graph is still there, before `loss.backward()`; it leaves
+        `.grad` alone. Costs about two backward passes and needs operations that can be differentiated twice.
 
         Args:
             loss: 0-dim, a function of the masked parameters.
 
         Raises:
-            RuntimeError: when the policy's statistic does not use curvature, or several processes train together
-                (their estimates would differ).
+            RuntimeError: when the policy's statistic does not use curvature, or several processes train
+                together (their estimates would differ).
 
         References:
             Yao et al., AdaHessian, AAAI 2021.
         """
         if not isinstance(self.policy, TopK) or not self.policy.statistic.needs_curvature:
             raise RuntimeError(
-                f"observe_curvature() needs a TopK policy with CurvatureScaledGradient, got policy={self.policy!r}; "
+                "observe_curvature() needs a TopK policy with CurvatureScaledGradient, got "
+                f"policy={self.policy!r}; "
                 "SecondOrderAdamW(curvature='hutchinson') has one."
             )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if torch.distributed.get_world_size() > 1:
                 raise RuntimeError(
-                    f"observe_curvature() works in one process, got {torch.distributed.get_world_size()} ranks; "
+                    f"observe_curvature() works in one process, got {torch.distributed.get_world_size()} "
+                    "ranks; "
                     "use SecondOrderAdamW without curvature."
                 )
         self._follow_swapped_parameters()
@@ -624,7 +689,8 @@ class MaskedAdamW(Optimizer):
                     product = product + (grad * signs[p]).sum()
             if not signs:
                 raise RuntimeError(
-                    "observe_curvature() needs a loss that can be differentiated twice, got one without second "
+                    "observe_curvature() needs a loss that can be differentiated twice, got one without "
+                    "second "
                     "derivatives; leave curvature out."
                 )
             products = torch.autograd.grad(product, list(signs), retain_graph=True, allow_unused=True)
@@ -650,15 +716,17 @@ class MaskedAdamW(Optimizer):
             )
 
     def new_epoch(self) -> None:
-        """Say that an epoch begins, the first included: a policy with `every="epoch"` then draws, or goes on a stage."""
+        """Say that an epoch begins, the first included: a policy with `every="epoch"` then draws, or goes on
+        a stage.
+        """
         self._set_numbers(epoch=self._number("epoch") + 1)
 
     @torch.no_grad()
     def mask(self, param: Tensor) -> Tensor:
         """Which entries of a parameter the last update trained: bool, in the parameter's shape.
 
-        All False before the first update, while a schedule trains nothing, and for a parameter that never had a
-        gradient. Right after an explicit `select()`, the entries that the next update trains.
+        All False before the first update, while a schedule trains nothing, and for a parameter that never had
+        a gradient. Right after an explicit `select()`, the entries that the next update trains.
 
         Raises:
             ValueError: for a tensor that is not a parameter of this optimizer.
@@ -720,7 +788,8 @@ class MaskedAdamW(Optimizer):
         """The stage in which gradual unfreezing lets a parameter train."""
         if not self._named:
             raise ValueError(
-                "GradualUnfreezing needs named parameters, got none; pass model.named_parameters() or param_groups(model)."
+                "GradualUnfreezing needs named parameters, got none; pass model.named_parameters() or "
+                "param_groups(model)."
             )
         if self._depths is None:
             assert isinstance(self.policy, GradualUnfreezing)
@@ -732,7 +801,9 @@ class MaskedAdamW(Optimizer):
         return "param_names" in self.param_groups[0]
 
     def _tensor_key(self, p: Tensor) -> int:
-        """The 32 bits that tell this tensor's random words from others'; fixed at the first step, and saved."""
+        """The 32 bits that tell this tensor's random words from others'; fixed at the first step, and
+        saved.
+        """
         saved = self.state.get(p, {}).get("key")
         name = self._name(p)
         return int(saved) if saved is not None else zlib.crc32(name.encode()) if self._named else int(name)
@@ -751,7 +822,8 @@ class MaskedAdamW(Optimizer):
         if isinstance(self.policy, Bernoulli) and self.policy.unit == "layer":
             if not self._named:
                 raise ValueError(
-                    "unit='layer' needs named parameters, got none; pass model.named_parameters() or param_groups(model)."
+                    "unit='layer' needs named parameters, got none; pass model.named_parameters() or "
+                    "param_groups(model)."
                 )
             layers = sorted({layer_of(name, self.policy.layers) for name in names.values()})
             units = [(zlib.crc32(layer.encode()), i, layer) for i, layer in enumerate(layers)]
@@ -760,7 +832,8 @@ class MaskedAdamW(Optimizer):
             other = seen.setdefault(key, (i, name))
             if other[0] != i:
                 raise ValueError(
-                    f"names must have different CRC-32 keys, got {key} for both {other[1]!r} and {name!r}; rename one."
+                    f"names must have different CRC-32 keys, got {key} for both {other[1]!r} and {name!r}; "
+                    "rename one."
                 )
         self._keys_checked = True
 
@@ -782,7 +855,9 @@ class MaskedAdamW(Optimizer):
             group = {key: value for key, value in group.items() if key not in own}
         # groups of a torch optimizer name all switches; those that are off ask for nothing
         asked = [key for key in group if key in own or (key in _SWITCHES and key != "foreach" and group[key])]
-        misplaced = [k for k in group if k in _CONSTRUCTOR_ONLY or (k in asked and group[k] != self.defaults[k])]
+        misplaced = [
+            k for k in group if k in _CONSTRUCTOR_ONLY or (k in asked and group[k] != self.defaults[k])
+        ]
         if misplaced:
             raise ValueError(
                 f"a parameter group must override numbers and `masked` only, got {misplaced[0]!r}; "
@@ -851,7 +926,8 @@ class MaskedAdamW(Optimizer):
         How the arithmetic runs (`foreach`, `fused`, `capturable`, `differentiable`) stays as constructed.
 
         Raises:
-            ValueError: when the groups do not match, or the policy or `unselected` is another than the saved one.
+            ValueError: when the groups do not match, or the policy or `unselected` is another than the saved
+                one.
         """
         self._follow_swapped_parameters()
 
@@ -880,8 +956,12 @@ class MaskedAdamW(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a loaded or unpickled state, restoring what torch's loading casts to the parameter's dtype."""
-        switches = [{name: group[name] for name in _SWITCHES} for group in self.__dict__.get("param_groups", [])]
+        """Take over a loaded or unpickled state, restoring what torch's loading casts to the parameter's
+        dtype.
+        """
+        switches = [
+            {name: group[name] for name in _SWITCHES} for group in self.__dict__.get("param_groups", [])
+        ]
         super().__setstate__(state)
         for i, group in enumerate(self.param_groups):
             for name, default in self.defaults.items():
@@ -903,7 +983,6 @@ class MaskedAdamW(Optimizer):
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.to("cpu" if key == "step" else p.device)
 
-
     def _check_saved_shapes(self, final: dict[str, Any]) -> None:
         saved = [number for group in final["param_groups"] for number in group["params"]]
         current = [p for group in self.param_groups for p in group["params"]]
@@ -915,13 +994,18 @@ class MaskedAdamW(Optimizer):
                 per_entry = key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age", "statistic")
                 if per_entry and value.shape != shape:
                     raise ValueError(
-                        f"saved {key} of {self._name(p)!r} must have shape {tuple(shape)}, got {tuple(value.shape)}; "
+                        f"saved {key} of {self._name(p)!r} must have shape {tuple(shape)}, got "
+                        f"{tuple(value.shape)}; "
                         "load the state dict of a model with the same shapes."
                     )
 
     def _masking(self) -> str:
         """What must be the same for a saved state to mean the same."""
-        return "policy=None" if self.policy is None else f"policy={self.policy!r}, unselected={self.unselected!r}"
+        return (
+            "policy=None"
+            if self.policy is None
+            else f"policy={self.policy!r}, unselected={self.unselected!r}"
+        )
 
     def _backend(self, device: torch.device) -> ModuleType:
         switches = self.defaults
@@ -939,7 +1023,12 @@ class MaskedAdamW(Optimizer):
                 f"parameters must be plain tensors in this version, got a DTensor for {self._name(p)!r}; "
                 "use DistributedDataParallel instead of sharding."
             )
-        if p.is_complex() and group["masked"] and self.policy is not None and not self.policy.trains_everything:
+        if (
+            p.is_complex()
+            and group["masked"]
+            and self.policy is not None
+            and not self.policy.trains_everything
+        ):
             raise ValueError(
                 f"a masked parameter must be real, got {p.dtype} for {self._name(p)!r}; "
                 "put it in a group with masked=False."
@@ -997,7 +1086,9 @@ def _check_hyperparameters(
     for i, beta in enumerate(betas):
         if isinstance(beta, Tensor):
             if foreach and not capturable:
-                raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
+                raise ValueError(
+                    f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True"
+                )
             if beta.numel() != 1:
                 raise ValueError(f"Tensor betas[{i}] must be 1-element")
     return _squeezed(betas[0]), _squeezed(betas[1])

@@ -1,7 +1,7 @@
 """Policies decide which entries train at this step. A policy is an immutable record and owns no memory.
 
-There are two mechanisms: `Bernoulli` draws entries at random, `TopK` ranks them by a statistic of their gradients.
-`Schedule` says when a TopK policy looks and when it trains.
+There are two mechanisms: `Bernoulli` draws entries at random, `TopK` ranks them by a statistic of their
+gradients. `Schedule` says when a TopK policy looks and when it trains.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ class Schedule:
 
     Args:
         observe: observe during this many `step()` calls, then select. None: observation is explicit, through
-            `optimizer.observe()` after a backward pass, and the next `step()` (or `optimizer.select()`) selects.
-        train: train the selection for this many steps, then observe again, and so on. None: train it for ever.
+            `optimizer.observe()` after a backward pass, and the next `step()` (or `optimizer.select()`)
+            selects.
+        train: train the selection for this many steps, then observe again, and so on. None: train it for
+            ever.
         meanwhile: what a `step()` that observes trains: "nothing" or "everything".
     """
 
@@ -63,7 +65,8 @@ class Schedule:
             if self.observe is None:
                 raise ValueError(
                     f"train must be None when observe is None, got {self.train!r}; "
-                    "give observe=n to alternate, or select again with optimizer.observe() and optimizer.select()."
+                    "give observe=n to alternate, or select again with optimizer.observe() and "
+                    "optimizer.select()."
                 )
         if self.observe is None and self.meanwhile == "everything":
             raise ValueError(
@@ -93,8 +96,8 @@ def _numbered_layer(name: str, pattern: str | None) -> str | None:
 def layer_of(name: str, pattern: str | None = None) -> str:
     """The layer that a parameter belongs to.
 
-    Its name up to the first number ("encoder.layer.3"), or what `pattern` finds in it; for a name without either, the
-    module that holds the parameter.
+    Its name up to the first number ("encoder.layer.3"), or what `pattern` finds in it; for a name without
+    either, the module that holds the parameter.
     """
     return _numbered_layer(name, pattern) or name.rpartition(".")[0] or name
 
@@ -104,7 +107,8 @@ def _check_pattern(pattern: str | None) -> None:
         re.compile(pattern or "")
     except re.error as error:
         raise ValueError(
-            f"layers must be a regular expression, got {pattern!r} ({error}); None finds numbered layers by itself."
+            f"layers must be a regular expression, got {pattern!r} ({error}); None finds numbered layers by "
+            "itself."
         ) from error
 
 
@@ -112,19 +116,20 @@ def _check_pattern(pattern: str | None) -> None:
 class Bernoulli:
     """Select every entry with probability `keep`, drawn from a counter-based generator and never stored.
 
-    The mask depends on the optimizer's seed, the number of the draw, the parameter's name and the entry's index alone:
-    not on the device, the backend, the order of updates or the number of ranks.
+    The mask depends on the optimizer's seed, the number of the draw, the parameter's name and the entry's
+    index alone: not on the device, the backend, the order of updates or the number of ranks.
 
     Args:
         keep: probability that an entry is selected, in (0, 1].
-        unit: what is selected as a whole: "entry", "tensor", or "layer" (all tensors of a numbered layer; needs named
-            parameters).
-        every: draw anew every so many steps, or "epoch": whenever `optimizer.new_epoch()` is called, which then has to
-            happen at the start of every epoch.
-        rescale: divide surviving gradients by `keep`, so that their mean is that of the dense gradient. Under AdamW
-            only `eps` sees it.
-        layers: regular expression whose match in a parameter's name is its layer, for `unit="layer"`; None takes the
-            name up to the first number. Parameters of neither form a layer with the others of their module.
+        unit: what is selected as a whole: "entry", "tensor", or "layer" (all tensors of a numbered layer;
+            needs named parameters).
+        every: draw anew every so many steps, or "epoch": whenever `optimizer.new_epoch()` is called, which
+            then has to happen at the start of every epoch.
+        rescale: divide surviving gradients by `keep`, so that their mean is that of the dense gradient. Under
+            AdamW only `eps` sees it.
+        layers: regular expression whose match in a parameter's name is its layer, for `unit="layer"`; None
+            takes the name up to the first number. Parameters of neither form a layer with the others of their
+            module.
     """
 
     keep: float
@@ -138,7 +143,9 @@ class Bernoulli:
         _check_fraction("keep", self.keep, "to train nothing, leave the parameters out of the optimizer")
         _check_choice("unit", self.unit, ("entry", "tensor", "layer"))
         if self.layers is not None and self.unit != "layer":
-            raise ValueError(f"layers must be None unless unit='layer', got {self.layers!r} with unit={self.unit!r}.")
+            raise ValueError(
+                f"layers must be None unless unit='layer', got {self.layers!r} with unit={self.unit!r}."
+            )
         if self.every != "epoch":
             check_steps("every", self.every, "use every=1 for a fresh mask at each step, or 'epoch'")
 
@@ -158,19 +165,20 @@ class Bernoulli:
 
 @dataclass(frozen=True)
 class TopK:
-    """Select the entries with the highest scores; exactly `int(density * n)` of them, ties to the lowest index.
+    """Select the `int(density * n)` entries with the highest scores, exactly, ties to the lowest index.
 
-    n counts the entries of masked parameters that received a gradient while observing. Non-finite scores are never
-    selected.
+    n counts the entries of masked parameters that received a gradient while observing. Non-finite scores are
+    never selected.
 
     Args:
         density: selected / all, in (0, 1].
-        statistic: what is remembered about gradients while observing: `SquaredGradient()` or `SignedGradient()`.
+        statistic: what is remembered about gradients while observing: `SquaredGradient()` or
+            `SignedGradient()`.
         scope: one threshold for all tensors ("global"), or one for each ("tensor", rounded down in each).
         schedule: when to observe and when to train.
         cut: "exact", or "percentile": every entry at or above the (1 - density) percentile, found by linear
-            interpolation, as released code has it, or "ceil": every entry at or above the ceil(density n)-th highest.
-            Both select more when there are ties.
+            interpolation, as released code has it, or "ceil": every entry at or above the ceil(density n)-th
+            highest. Both select more when there are ties.
     """
 
     density: float
@@ -180,14 +188,17 @@ class TopK:
     cut: Literal["exact", "percentile", "ceil"] = "exact"
 
     def __post_init__(self) -> None:
-        _check_fraction("density", self.density, "to train nothing, leave the parameters out of the optimizer")
+        _check_fraction(
+            "density", self.density, "to train nothing, leave the parameters out of the optimizer"
+        )
         _check_choice("scope", self.scope, ("global", "tensor"))
         _check_choice("cut", self.cut, ("exact", "percentile", "ceil"))
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {self.schedule!r}; write Schedule(observe=n).")
         if not isinstance(self.statistic, Statistic):
             raise TypeError(
-                f"statistic must be a statistic such as SquaredGradient(), got {self.statistic!r}; pass an instance."
+                f"statistic must be a statistic such as SquaredGradient(), got {self.statistic!r}; pass an "
+                "instance."
             )
 
     @property
@@ -224,16 +235,18 @@ class TopK:
 
 @dataclass(frozen=True)
 class GradualUnfreezing:
-    """Train the head first, then one layer more at each stage, top layer first: a baseline of the GradDrop paper.
+    """Train the head first, then one layer more at each stage, top layer first: GradDrop's baseline.
 
-    In stage s = 0, 1, 2, ... the s highest numbered layers train, and everything above them. Parameters outside the
-    numbered layers count as above, unless their name speaks of embeddings: these train once all layers do. The paper
-    does not give its schedule; this one is that of Howard and Ruder. Layers that do not train yet are frozen.
+    In stage s = 0, 1, 2, ... the s highest numbered layers train, and everything above them. Parameters
+    outside the
+    numbered layers count as above, unless their name speaks of embeddings: these train once all layers do.
+    The paper does not give its schedule; this one is that of Howard and Ruder. Layers that do not train yet
+    are frozen.
 
     Args:
         every: steps a stage lasts, or "epoch": as long as an epoch, each begun by `optimizer.new_epoch()`.
-        layers: regular expression whose match in a parameter's name is its layer; None takes the name up to the first
-            number.
+        layers: regular expression whose match in a parameter's name is its layer; None takes the name up to
+            the first number.
 
     References:
         Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, ACL 2018.
@@ -260,7 +273,10 @@ class GradualUnfreezing:
         """For each parameter name the first stage in which it trains."""
         layer = {name: _numbered_layer(name, self.layers) for name in names}
         numbers = {found: [int(n) for n in re.findall(r"\d+", found)] for found in layer.values() if found}
-        first = {found: 1 + i for i, found in enumerate(sorted(numbers, key=lambda f: (numbers[f], f), reverse=True))}
+        first = {
+            found: 1 + i
+            for i, found in enumerate(sorted(numbers, key=lambda f: (numbers[f], f), reverse=True))
+        }
         return {
             name: first[found] if found else 1 + len(first) if _BELOW_ALL_LAYERS.search(name) else 0
             for name, found in layer.items()
@@ -291,7 +307,9 @@ class _Selection:
         prefixes, wanted = [0] * rows, [0] * rows
         above = [0] * rows  # keys above the prefix so far
         for number, (width, shift) in enumerate(_rounds(bits)):
-            counts = self._count(prefixes, shift=shift, width=width, per_tensor=per_tensor, totals=number == 0)
+            counts = self._count(
+                prefixes, shift=shift, width=width, per_tensor=per_tensor, totals=number == 0
+            )
             if number == 0:
                 wanted = [self._wanted(density, cut, int(row[:-1].sum()), int(row[-1])) for row in counts]
                 counts = counts[:, :-1]
@@ -309,25 +327,32 @@ class _Selection:
             elif cut != "exact" or missing == tied[row]:
                 cuts.append([Cut(prefixes[row], EVERY_TIE)] * (1 if per_tensor else len(self.statistics)))
             else:
-                cuts.append(self._cut_ties([row] if per_tensor else range(len(self.statistics)), prefixes[row], missing))
+                cuts.append(
+                    self._cut_ties(
+                        [row] if per_tensor else range(len(self.statistics)), prefixes[row], missing
+                    )
+                )
         return [cut for row_cuts in cuts for cut in row_cuts]
 
     def _wanted(self, density: float, cut: str, finite: int, total: int) -> int:
         """How many entries a row selects."""
         if cut == "percentile":
-            # the percentile lies between two neighbours in the order: entries from the upper one on pass, or from the
-            # lower one on where the double that says how far it lies between them is nothing but rounding
+            # the percentile lies between two neighbours in the order: entries from the upper one on pass, or
+            # from the lower one on where the double that says how far it lies between them is nothing but
+            # rounding
             place = max(finite - 1, 0) * ((1 - density) * 100 / 100)
             lower = math.floor(place)
             return finite - (lower if place - lower <= place * 2**-50 else lower + 1)
         wanted = math.ceil(density * total) if cut == "ceil" else int(density * total)
         if wanted == 0 and self.scope == "global":
             raise RuntimeError(
-                f"density must select at least one of the {total} observed entries, got {density!r}; raise the density."
+                f"density must select at least one of the {total} observed entries, got {density!r}; raise "
+                "the density."
             )
         if wanted > finite:
             raise RuntimeError(
-                f"density {density!r} needs {wanted} finite scores, got {finite} of {total}; observe finite gradients, "
+                f"density {density!r} needs {wanted} finite scores, got {finite} of {total}; observe finite "
+                "gradients, "
                 "or lower the density."
             )
         return wanted
@@ -343,7 +368,9 @@ class _Selection:
         tie: int | None = None,
         totals: bool = False,
     ) -> Tensor:
-        """Counts summed over ranks; with `totals`, a last column holds the number of entries, finite or not."""
+        """Counts summed over ranks; with `totals`, a last column holds the number of entries, finite or
+        not.
+        """
         chosen = range(len(self.statistics)) if tensors is None else tensors
         scores = [self.statistics[i] for i in chosen]
         counts: Tensor = self.backend.histogram(
@@ -364,7 +391,9 @@ class _Selection:
 
     def _cut_ties(self, tensors: Sequence[int], key: int, missing: int) -> list[Cut]:
         """Of the entries equal to the threshold, take those with the lowest (tensor, global index)."""
-        ties = self._count([0], shift=_INDEX_BITS, width=0, per_tensor=True, tensors=tensors, tie=key)[:, 0].tolist()
+        ties = self._count([0], shift=_INDEX_BITS, width=0, per_tensor=True, tensors=tensors, tie=key)[
+            :, 0
+        ].tolist()
         cuts = []
         for tensor, count in zip(tensors, ties, strict=True):
             if missing >= count:
@@ -374,7 +403,9 @@ class _Selection:
             else:
                 last, before = 0, 0
                 for width, shift in _rounds(_INDEX_BITS):
-                    counts = self._count([last], shift=shift, width=width, per_tensor=True, tensors=[tensor], tie=key)
+                    counts = self._count(
+                        [last], shift=shift, width=width, per_tensor=True, tensors=[tensor], tie=key
+                    )
                     # ascending, hence from the other end
                     digit, passed = _descend(counts[0].flip(0), missing - before)
                     last = last << width | (1 << width) - 1 - digit
@@ -398,7 +429,9 @@ def _rounds(bits: int) -> list[tuple[int, int]]:
 
 
 def _descend(counts: Tensor, wanted: int) -> tuple[int, int]:
-    """From the highest bin down, the bin that holds the `wanted`-th entry, and how many entries lie above it."""
+    """From the highest bin down, the bin that holds the `wanted`-th entry, and how many entries lie above
+    it.
+    """
     reached = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(reached, reached.new_tensor(max(wanted, 1))).clamp(max=counts.numel() - 1))
     return counts.numel() - 1 - place, int(reached[place - 1]) if place else 0

@@ -1,7 +1,8 @@
 """Statistics: what is remembered about gradients, and the score that ranks the entries in the end.
 
-A statistic is an immutable record; the optimizer owns the memory. `init` makes the tensor, `update` adds one gradient,
-and `score` reads it out when entries are selected: usually the tensor itself, or its magnitude (`absolute`).
+A statistic is an immutable record; the optimizer owns the memory. `init` makes the tensor, `update` adds one
+gradient, and `score` reads it out when entries are selected: usually the tensor itself, or its magnitude
+(`absolute`).
 The last three are controls, which a fair comparison needs: `RandomScore`, `Magnitude`, `Lowest`.
 """
 
@@ -29,13 +30,19 @@ class Statistic(ABC):
     random: ClassVar[bool] = False  # draws words, so that parameters need keys that differ
 
     def init(self, param: Tensor, *, seed: int, key: int) -> Tensor:
-        """A fresh statistic: float32, in the shape of the parameter. `seed` and `key` are those of its random words."""
+        """A fresh statistic: float32, in the shape of the parameter. `seed` and `key` are those of its
+        random words.
+        """
         del seed, key
         return torch.zeros(param.shape, dtype=torch.float32, device=param.device)
 
     @abstractmethod
     def update(
-        self, statistics: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Sequence[Tensor], backend: ModuleType
+        self,
+        statistics: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        nonfinite: Sequence[Tensor],
+        backend: ModuleType,
     ) -> None:
         """Add one gradient per tensor; raise the 0-dim bool flag of a tensor with a non-finite entry."""
 
@@ -51,15 +58,16 @@ class SquaredGradient(Statistic):
 
         statistic <- statistic + g^2
 
-    g is the gradient that `step()` or `observe()` sees, so that a batch enters as the square of its mean. Observe
-    batches of one example for the Fisher information itself.
+    g is the gradient that `step()` or `observe()` sees, so that a batch enters as the square of its mean.
+    Observe batches of one example for the Fisher information itself.
 
     Args:
-        clip_norm: scale each tensor's gradient down to at most this norm before it is squared, as the released code
-            of Child-Tuning does; None leaves it as it is.
+        clip_norm: scale each tensor's gradient down to at most this norm before it is squared, as the
+            released code of Child-Tuning does; None leaves it as it is.
 
     References:
-        Xu et al., Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning, EMNLP 2021.
+        Xu et al., Raise a Child in Large Language Model: Towards Effective and Generalizable Fine-tuning,
+        EMNLP 2021.
     """
 
     clip_norm: float | None = None
@@ -67,11 +75,16 @@ class SquaredGradient(Statistic):
     def __post_init__(self) -> None:
         if self.clip_norm is not None and not 0.0 < self.clip_norm < math.inf:
             raise ValueError(
-                f"clip_norm must be positive and finite, got {self.clip_norm!r}; use None to square gradients as they are."
+                f"clip_norm must be positive and finite, got {self.clip_norm!r}; use None to square "
+                "gradients as they are."
             )
 
     def update(
-        self, statistics: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Sequence[Tensor], backend: ModuleType
+        self,
+        statistics: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        nonfinite: Sequence[Tensor],
+        backend: ModuleType,
     ) -> None:
         """Add the squares."""
         scales = None
@@ -89,22 +102,26 @@ class CountedSquaredGradient(Statistic):
 
         score = statistic / max(count, 1) * exp(-count / penalty_steps)
 
-    The counts come from whoever switches entries off, through `optimizer.set_count(name, count)`; a parameter without
-    counts took part each time, and is ranked by its squares.
+    The counts come from whoever switches entries off, through `optimizer.set_count(name, count)`; a parameter
+    without counts took part each time, and is ranked by its squares.
 
     Args:
         penalty_steps: steps after which the penalty is 1/e; None for no penalty.
 
     References:
-        Zhang et al., Fine-Tuning Pre-Trained Language Models Effectively by Optimizing Subnetworks Adaptively,
-        NeurIPS 2022 (DPS Mix). The formula is that of the released code.
+        Zhang et al., Fine-Tuning Pre-Trained Language Models Effectively by Optimizing Subnetworks
+        Adaptively, NeurIPS 2022 (DPS Mix). The formula is that of the released code.
     """
 
     counts: ClassVar[bool] = True
     penalty_steps: int | None = None
 
     def update(
-        self, statistics: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Sequence[Tensor], backend: ModuleType
+        self,
+        statistics: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        nonfinite: Sequence[Tensor],
+        backend: ModuleType,
     ) -> None:
         """Add the squares."""
         backend.accumulate_(statistics, grads, nonfinite, kind="squares")
@@ -135,7 +152,11 @@ class SignedGradient(Statistic):
     absolute: ClassVar[bool] = True
 
     def update(
-        self, statistics: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Sequence[Tensor], backend: ModuleType
+        self,
+        statistics: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        nonfinite: Sequence[Tensor],
+        backend: ModuleType,
     ) -> None:
         """Add the gradients."""
         backend.accumulate_(statistics, grads, nonfinite, kind="signed")
@@ -147,9 +168,10 @@ class CurvatureScaledGradient(Statistic):
 
         statistic <- statistic + g,  score = statistic^2 / |curvature|
 
-    For a loss with a diagonal, positive Hessian the top k of g^2 / h are the best k entries to train (the theorem
-    behind the second-order approximation method). The curvature is what `optimizer.observe_curvature(loss)` adds up;
-    sums stand for means, which changes no ranking. An entry without curvature promises more than any with.
+    For a loss with a diagonal, positive Hessian the top k of g^2 / h are the best k entries to train (the
+    theorem behind the second-order approximation method). The curvature is what
+    `optimizer.observe_curvature(loss)` adds up; sums stand for means, which changes no ranking. An entry
+    without curvature promises more than any with.
 
     References:
         Fu et al., On the Effectiveness of Parameter-Efficient Fine-Tuning, AAAI 2023.
@@ -159,7 +181,11 @@ class CurvatureScaledGradient(Statistic):
     random: ClassVar[bool] = True
 
     def update(
-        self, statistics: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Sequence[Tensor], backend: ModuleType
+        self,
+        statistics: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        nonfinite: Sequence[Tensor],
+        backend: ModuleType,
     ) -> None:
         """Add the gradients."""
         backend.accumulate_(statistics, grads, nonfinite, kind="signed")
@@ -173,7 +199,9 @@ class CurvatureScaledGradient(Statistic):
 
 @dataclass(frozen=True)
 class RandomScore(Statistic):
-    """A score that knows nothing: a fixed random mask of exactly the right size, the control for any selection."""
+    """A score that knows nothing: a fixed random mask of exactly the right size, the control for any
+    selection.
+    """
 
     random: ClassVar[bool] = True
 
@@ -184,7 +212,11 @@ class RandomScore(Statistic):
         return (words >> 8).to(torch.float32).view(param.shape)
 
     def update(
-        self, statistics: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Sequence[Tensor], backend: ModuleType
+        self,
+        statistics: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        nonfinite: Sequence[Tensor],
+        backend: ModuleType,
     ) -> None:
         """Nothing is learnt from gradients."""
         del statistics, grads, nonfinite, backend
@@ -200,7 +232,11 @@ class Magnitude(Statistic):
         return param.detach().to(torch.float32, memory_format=torch.contiguous_format).abs()
 
     def update(
-        self, statistics: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Sequence[Tensor], backend: ModuleType
+        self,
+        statistics: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        nonfinite: Sequence[Tensor],
+        backend: ModuleType,
     ) -> None:
         """Nothing is learnt from gradients."""
         del statistics, grads, nonfinite, backend
@@ -225,7 +261,11 @@ class Lowest(Statistic):
         return self.statistic.init(param, seed=seed, key=key)
 
     def update(
-        self, statistics: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Sequence[Tensor], backend: ModuleType
+        self,
+        statistics: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        nonfinite: Sequence[Tensor],
+        backend: ModuleType,
     ) -> None:
         """That of the other statistic."""
         self.statistic.update(statistics, grads, nonfinite, backend)

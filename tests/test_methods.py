@@ -1,6 +1,6 @@
 """Every published method does what its paper, or its release, says: oracles, invariants, controls.
 
-The oracles (tests/oracles) are float64 NumPy written from descriptions of the methods, and followed step by step.
+The oracles (tests/oracles) are float64 NumPy written from descriptions of the methods, followed step by step.
 Models are float64 too, so that scores have digits to spare over the float32 statistics of the package.
 """
 
@@ -1222,7 +1222,7 @@ def test_counts_need_named_parameters():
 def test_counts_are_copied_and_take_wrapped_names():
     params = named({"module.weight": (4, 3)})
     optimizer = mix(params.items())
-    count = torch.ones(3, dtype=torch.int64)
+    count = torch.ones(3)
     optimizer.set_count("module.weight", count)
     count += 5
     held = optimizer.state[params["module.weight"]]["count"]

@@ -1,4 +1,6 @@
-"""Where the arithmetic runs: one module per backend, all with the same function names, and the choice between them."""
+"""Where the arithmetic runs: one module per backend, all with the same function names, and the choice
+between them.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,17 @@
-"""Every verb in plain PyTorch: the definition of correct, clear before fast, on any device and any floating dtype.
+"""Every verb in plain PyTorch: the definition of correct, on any device and in any floating dtype.
 
 The other backends are compared with this module, and every equation of the package is written out here, once.
 
 Conventions shared by all backends
-- Verbs take lists with one item per tensor, and keyword-only scalars. A trailing underscore means that arguments are
-  written. Arithmetic is done in float32 (float64 for float64 parameters) and rounded once into the stored dtype.
-- A *geometry* `(offset, inner, stride)` places the local entries of a tensor in the full, unsharded one: local entry i
-  has the global index `offset + (i // inner) * stride + i % inner`. `whole(t)` is that of an unsharded tensor.
-- Which entries are selected is said in one of four ways: not at all (everything), `bits` (packed, one bit an entry),
-  `seeded` (drawn from Philox, never stored), or `scores` with `cuts` (an exact threshold that is already known).
+- Verbs take lists with one item per tensor, and keyword-only scalars. A trailing underscore means that
+  arguments are written. Arithmetic is done in float32 (float64 for float64 parameters) and rounded once into
+  the stored dtype.
+- A *geometry* `(offset, inner, stride)` places the local entries of a tensor in the full, unsharded one:
+  local entry i has the global index `offset + (i // inner) * stride + i % inner`. `whole(t)` is that of an
+  unsharded tensor.
+- Which entries are selected is said in one of four ways: not at all (everything), `bits` (packed, one bit an
+  entry), `seeded` (drawn from Philox, never stored), or `scores` with `cuts` (an exact threshold that is
+  already known).
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ _LAST_INDEX = (1 << 63) - 1
 
 
 class Draws(NamedTuple):
-    """Masks that are drawn and never stored: an entry is selected iff its Philox word is below `threshold`."""
+    """Masks that are drawn and never stored: an entry is selected iff its Philox word is below
+    `threshold`.
+    """
 
     seed: int
     draw: int
@@ -41,7 +46,9 @@ class Draws(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """An exact threshold: selected are sort keys above `key`, and those equal to it up to global index `last_tie`."""
+    """An exact threshold: selected are sort keys above `key`, and those equal to it up to global index
+    `last_tie`.
+    """
 
     key: int
     last_tie: int
@@ -72,7 +79,9 @@ def purpose_draw(purpose: int, number: int) -> int:
 
 
 def _philox(counter: Tensor, seed: int, draw: int, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10 (Salmon et al., 2011) of the 128-bit counters `(counter low, counter high, draw, key)`."""
+    """Philox-4x32-10 (Salmon et al., 2011) of the 128-bit counters `(counter low, counter high, draw,
+    key)`.
+    """
     # words live in int64: a 32 x 32 bit product wraps there without losing any of its 64 bits
     c0, c1 = counter & _LOW_32, counter >> 32
     c2, c3 = torch.full_like(counter, draw), torch.full_like(counter, key)
@@ -89,8 +98,9 @@ def _philox(counter: Tensor, seed: int, draw: int, key: int) -> tuple[Tensor, Te
 def philox_words(seed: int, draw: int, key: int, entries: Tensor) -> Tensor:
     """The random word of each entry.
 
-    Entry e lies in tile T = e // 1024; its counter is q = 256 T + e % 256 and its word the `(e % 1024) // 256`-th of the
-    four that Philox returns for `(q low, q high, draw, key)` under `seed`. So a tile is four coalesced quarter-blocks.
+    Entry e lies in tile T = e // 1024; its counter is q = 256 T + e % 256 and its word number
+    `(e % 1024) // 256` of the four that Philox returns for `(q low, q high, draw, key)` under `seed`. So a tile is four
+    coalesced quarter-blocks.
 
     Args:
         seed: 64 bits. draw, key: 32 bits each.
@@ -104,7 +114,9 @@ def philox_words(seed: int, draw: int, key: int, entries: Tensor) -> Tensor:
     return words.gather(0, (entries % _TILE // _QUARTER).unsqueeze(0)).squeeze(0)
 
 
-def _entry_words(seed: int, draw: int, key: int, numel: int, geometry: Geometry, device: torch.device) -> Iterator[Tensor]:
+def _entry_words(
+    seed: int, draw: int, key: int, numel: int, geometry: Geometry, device: torch.device
+) -> Iterator[Tensor]:
     """Words of all local entries in order, in chunks, int64."""
     offset, inner, _ = geometry
     per_chunk = _PHILOX_CHUNK * 4
@@ -112,8 +124,12 @@ def _entry_words(seed: int, draw: int, key: int, numel: int, geometry: Geometry,
         # a run of whole tiles: each Philox call serves four entries instead of one
         for start in range(0, numel, per_chunk):
             first = (offset + start) // 4
-            counter = torch.arange(first, first + -(-min(per_chunk, numel - start) // _TILE) * _QUARTER, device=device)
-            words = torch.stack(_philox(counter.view(-1, _QUARTER), seed, draw, key), dim=1)  # [tiles, 4, 256]
+            counter = torch.arange(
+                first, first + -(-min(per_chunk, numel - start) // _TILE) * _QUARTER, device=device
+            )
+            words = torch.stack(
+                _philox(counter.view(-1, _QUARTER), seed, draw, key), dim=1
+            )  # [tiles, 4, 256]
             yield words.view(-1)[: numel - start]
         return
     for start in range(0, numel, _PHILOX_CHUNK):
@@ -122,7 +138,9 @@ def _entry_words(seed: int, draw: int, key: int, numel: int, geometry: Geometry,
 
 
 def seeded_mask(draws: Draws, i: int, numel: int, geometry: Geometry, device: torch.device) -> Tensor:
-    """The mask that the seeded rule draws for the i-th tensor: bool [numel], True where the word is below the threshold."""
+    """The mask that the seeded rule draws for the i-th tensor: bool [numel], True where the word is below
+    the threshold.
+    """
     seed, draw, threshold, key = draws.seed, draws.draw, draws.threshold, draws.keys[i]
     if draws.one_word:
         word = philox_words(seed, draw, key, torch.zeros(1, dtype=torch.int64, device=device))
@@ -138,8 +156,8 @@ def seeded_mask(draws: Draws, i: int, numel: int, geometry: Geometry, device: to
 def round_stochastically(values: Tensor, seed: int, draw: int, key: int, geometry: Geometry) -> Tensor:
     """float32 values rounded up or down to bfloat16 with the probabilities that make the mean exact.
 
-    The low 16 bits of the entry's word are added below the 16 bits that bfloat16 keeps, and the rest is cut off.
-    Non-finite values are rounded as usual.
+    The low 16 bits of the entry's word are added below the 16 bits that bfloat16 keeps, and the rest is cut
+    off. Non-finite values are rounded as usual.
     """
     flat = values.reshape(-1)
     words = torch.cat(
@@ -156,7 +174,9 @@ def round_stochastically(values: Tensor, seed: int, draw: int, key: int, geometr
 
 
 def pack_bits(selected: Tensor) -> Tensor:
-    """Bool [numel] as uint8, eight entries a byte, lowest bit first, padded with zeros to a multiple of four bytes."""
+    """Bool [numel] as uint8, eight entries a byte, lowest bit first, padded with zeros to a multiple of four
+    bytes.
+    """
     padded = torch.zeros(-(-selected.numel() // 32) * 32, dtype=torch.uint8, device=selected.device)
     padded[: selected.numel()] = selected
     shifts = torch.arange(8, dtype=torch.uint8, device=selected.device)
@@ -212,10 +232,13 @@ def _adamw_entries(
         param      <- param (1 - lr weight_decay)
         exp_avg    <- exp_avg + (1 - beta1) (grad - exp_avg)
         exp_avg_sq <- beta2 exp_avg_sq + (1 - beta2) grad^2
-        denom       = sqrt(exp_avg_sq) / sqrt(1 - beta2^step) + eps       (amsgrad: of the largest exp_avg_sq so far)
+        denom       = sqrt(exp_avg_sq) / sqrt(1 - beta2^step) + eps
         param      <- param - lr / (1 - beta1^step) exp_avg / denom
 
-    The operations and their order are those of torch's for-loop, so that float32 and float64 agree with it bit for bit.
+    With amsgrad, denom takes the largest exp_avg_sq so far.
+
+    The operations and their order are those of torch's for-loop, so that float32 and float64 agree with it
+    bit for bit.
     """
     if weight_decay != 0:
         param.mul_(1 - lr * weight_decay)
@@ -283,15 +306,16 @@ def adamw_(
 ) -> None:
     """AdamW with parameter-shaped moments on the selected entries; see `_adamw_entries` for the equation.
 
-    With g the gradient (times `grad_scale`, negated under `maximize`, times `rescale` where selected), entries that are
-    not selected
+    With g the gradient (times `grad_scale`, negated under `maximize`, times `rescale` where selected),
+    entries that are not selected
     - under "frozen" keep parameter and moments, bit for bit;
     - under "zero_grad" take the update with g = 0: left-over momentum and weight decay move them;
     - under "track" keep their parameter bit for bit while their moments take g.
 
     Args:
         params: any shape and strides, float64, float32, bfloat16 or float16. grads: same shapes.
-        exp_avgs, exp_avg_sqs: parameter-shaped, any floating dtype. max_exp_avg_sqs: the same for amsgrad, else empty.
+        exp_avgs, exp_avg_sqs: parameter-shaped, any floating dtype. max_exp_avg_sqs: the same for amsgrad,
+            else empty.
         steps: 0-dim, counted up by one here; the bias correction uses the new value.
         grad_scale: 0-dim factor on every gradient entry, or None.
         bits, seeded, scores with cuts: which entries are selected (module docstring); none of them: all.
@@ -313,7 +337,8 @@ def adamw_(
         keeps += [selected is not None and unselected == "frozen"] * (len(stored) - 1)
         # whatever is already in the dtype of the arithmetic and has nothing to keep is updated where it lies
         values = [
-            t.to(dtype, copy=True) if keep or t.dtype != dtype else t for t, keep in zip(stored, keeps, strict=True)
+            t.to(dtype, copy=True) if keep or t.dtype != dtype else t
+            for t, keep in zip(stored, keeps, strict=True)
         ]
         _adamw_entries(
             values[0],
@@ -331,11 +356,15 @@ def adamw_(
         )
         if rounding is not None and param.dtype == torch.bfloat16:
             geometry = whole(param) if geometries is None else geometries[i]
-            values[0] = round_stochastically(values[0], rounding.seed, rounding.draw, rounding.keys[i], geometry)
+            values[0] = round_stochastically(
+                values[0], rounding.seed, rounding.draw, rounding.keys[i], geometry
+            )
         for target, value, keep in zip(stored, values, keeps, strict=True):
             if value is not target:
                 rounded = value.to(target.dtype)
-                target.copy_(torch.where(selected, rounded, target) if keep and selected is not None else rounded)
+                target.copy_(
+                    torch.where(selected, rounded, target) if keep and selected is not None else rounded
+                )
 
 
 def adamw_indexed_(
@@ -359,15 +388,19 @@ def adamw_indexed_(
     compact_grads: bool = False,
     differentiable: bool = False,
 ) -> None:
-    """AdamW on the entries listed in `indices`, whose moments are as long as the list; everything else stays as it is.
+    """AdamW on the entries listed in `indices`, with moments as long as the list; the rest stays as it is.
 
     Args:
-        params, grads: as in `adamw_`; with `compact_grads` the gradients are [nnz], in the order of the indices.
-        indices: selected entries of the flattened tensor, ascending. [nnz] int32, or int64 when numel > 2**31 - 1.
-        exp_avgs, exp_avg_sqs, max_exp_avg_sqs: [nnz] float32 (float64 for float64 parameters); the last may be empty.
-        masters: [nnz] float32 values behind low-precision parameters, or empty. Where a parameter is no longer the
-            rounded master (somebody wrote to it), the master restarts from the parameter.
-        ages: [nnz] int32 updates that each entry has seen, counted up here, or empty: then `steps` counts for all.
+        params, grads: as in `adamw_`; with `compact_grads` the gradients are [nnz], in the order of the
+            indices.
+        indices: selected entries of the flattened tensor, ascending. [nnz] int32; int64 when numel exceeds
+            2**31 - 1.
+        exp_avgs, exp_avg_sqs, max_exp_avg_sqs: [nnz] float32 (float64 for float64 parameters); the last may
+            be empty.
+        masters: [nnz] float32 values behind low-precision parameters, or empty. Where a parameter is no
+            longer the rounded master (somebody wrote to it), the master restarts from the parameter.
+        ages: [nnz] int32 updates that each entry has seen, counted up here, or empty: then `steps` counts for
+            all.
         steps: 0-dim, counted up by one here.
     """
     beta1, beta2 = _numbers(beta1, beta2, differentiable=differentiable)
@@ -446,7 +479,8 @@ def accumulate_(
             value = value * value
         elif kind == "absolute":
             value = value.abs()
-        # not statistic.add_(value * value) in one kernel: a fused multiply-add would change the ranking's last bits
+        # not statistic.add_(value * value) in one kernel: a fused multiply-add would change the ranking's
+        # last bits
         statistic.copy_(statistic.to(torch.float32) + value)
 
 
@@ -491,8 +525,9 @@ def histogram(
 ) -> Tensor:
     """Count the finite scores by `width` bits of their sort keys: one round of an exact radix selection.
 
-    Counted are keys with `key >> (shift + width) == prefix`, in the bin `(key >> shift) % 2**width`. With `ties`, only
-    entries whose key equals the tie take part, and the number that is counted by its bits is their global index.
+    Counted are keys with `key >> (shift + width) == prefix`, in the bin `(key >> shift) % 2**width`. With
+    `ties`, only entries whose key equals the tie take part, and the number that is counted by its bits is
+    their global index.
 
     Args:
         scores: any shape, float32 or bfloat16, all of one dtype. absolute: rank by magnitude.
@@ -526,13 +561,16 @@ def compact(
     """The entries above each tensor's cut.
 
     Returns:
-        Per tensor the ascending local indices, [nnz] int32 (int64 when numel > 2**31 - 1), or, `as_bits`, packed bits.
+        Per tensor the ascending local indices, [nnz] int32 (int64 when numel > 2**31 - 1), or, `as_bits`,
+        packed bits.
     """
     results = []
     for i, score in enumerate(scores):
         geometry = whole(score) if geometries is None else geometries[i]
         selected = _above_cut(score, cuts[i], geometry, absolute=absolute)
-        results.append(pack_bits(selected) if as_bits else selected.nonzero().view(-1).to(index_dtype(score.numel())))
+        results.append(
+            pack_bits(selected) if as_bits else selected.nonzero().view(-1).to(index_dtype(score.numel()))
+        )
     return results
 
 
@@ -575,7 +613,9 @@ def norm(
     bits: Sequence[Tensor] | None = None,
     seeded: Draws | None = None,
 ) -> Tensor:
-    """Sum of squares of the selected gradient entries, float64 and 0-dim, so that tensors and ranks add up."""
+    """Sum of squares of the selected gradient entries, float64 and 0-dim, so that tensors and ranks add
+    up.
+    """
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
     for i, grad in enumerate(grads):
         selected = _selected(i, grad, geometries, bits, seeded, None, None)
@@ -594,8 +634,9 @@ def apply_delta_(
 
     Args:
         indices: flat, ascending, without duplicates, one list per tensor.
-        values: [nnz], in the parameter's dtype. `mode` "replace" stores them, "add" adds them, and "xor" combines the
-            bits (values then hold old bits xor new bits, so that applying twice restores the parameter exactly).
+        values: [nnz], in the parameter's dtype. `mode` "replace" stores them, "add" adds them, and "xor"
+            combines the bits (values then hold old bits xor new bits, so that applying twice restores the
+            parameter exactly).
     """
     for param, where, value in zip(params, indices, values, strict=True):
         place = where.long()
