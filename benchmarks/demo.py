@@ -45,7 +45,7 @@ class Method:
 
 
 # learning rates: the best of a few on the validation part, about a factor of two apart, with two seeds. No
-# test question took part; `--part validation --only NAME --lr LR` shows one point of that search
+# test question took part; `--part validation --examples 240 --only NAME --lr LR` shows one point of that search
 METHODS = (
     Method(
         "AdamW (torch, fused)",
@@ -337,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--examples", type=int, default=240, help="training questions per seed")
+    parser.add_argument("--examples", type=int, default=200, help="training questions per seed")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--tested", type=int, default=1000, help="held-out questions")
     parser.add_argument("--part", choices=("test", "validation"), default="test")

@@ -76,12 +76,12 @@ class ChildTuningAdamW(MaskedAdamW):
             | | "paper" | "release" |
             | --- | --- | --- |
             | F | as above | the same |
-            | D, Fisher information | squared gradients, as observed | the same, clipped to norm 1 per tensor |
-            | D, selected | int(density n), ties to the lowest index | at or above NumPy's percentile, all ties |
+            | D, statistic | squared gradients, as observed | clipped to norm 1 per tensor before |
+            | D, selected | int(density n), exactly | at or above NumPy's percentile, all ties |
             | D, the others | frozen | weight decay still moves them |
 
-            Observe batches of one example for the paper's sum over examples. The release decays weights after the update and torch before it, which differs by lr^2
-            weight_decay; this is torch's order.
+            Observe batches of one example for the paper's sum over examples. The release decays weights after
+            the update and torch before it, which differs by lr^2 weight_decay; this is torch's order.
 
         unselected: as in `MaskedAdamW`; None follows the method.
         options: as in `MaskedAdamW`.
@@ -177,7 +177,7 @@ class DPSAdamW(MaskedAdamW):
 
             | | "paper" | "release" |
             | --- | --- | --- |
-            | selected | int(density n), ties to the lowest index (our reading) | the top ceil(density n), all ties |
+            | selected | int(density n), exactly (our reading) | the top ceil(density n), all ties |
             | the others in stage II | frozen | left-over momentum and weight decay move them |
             | frequency penalty of "mix" | always (our reading) | only when update_steps >= 50 |
 

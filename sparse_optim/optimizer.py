@@ -6,9 +6,6 @@ exp_avg_sq
 
 from __future__ import annotations
 
-import operator
-import re
-import sys
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,7 +15,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from . import backends
 from .backends.reference import (
@@ -33,42 +30,10 @@ from .backends.reference import (
 )
 from .masks import EVERYTHING, NOTHING, Bits, Indexed, Mask, Seeded
 from .policies import Bernoulli, GradualUnfreezing, Policy, TopK, layer_of
+from .state import CLOCK, SurvivingOptimizer, clean_name, compact_dtype, is_dtensor, make_master, step_dtype
 
 Unselected = Literal["frozen", "zero_grad", "track"]
 _UNSELECTED = ("frozen", "zero_grad", "track")
-# the optimizer's own numbers, equal in every group: they survive every way of saving that keeps torch's state
-# dict
-_CLOCK = ("seed", "clock", "phase", "draw", "epoch")
-_CONSTRUCTOR_ONLY = {
-    "policy",
-    "unselected",
-    "backend",
-    "state_dtype",
-    "stochastic_rounding",
-    "release_gradients",
-    "max_grad_norm",
-    "variant",
-    "fidelity",
-    "keep",
-    "density",
-    "observe_steps",
-    "statistic",
-    "schedule",
-}
-# how the arithmetic runs is the running program's choice, not the checkpoint's
-_SWITCHES = ("foreach", "capturable", "differentiable", "fused")
-_WRAPPERS = re.compile(r"^module\.|(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
-_PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original(\d*)$")
-
-
-def _clean_name(name: str) -> str:
-    """A parameter's name in the plain model, without what DDP, torch.compile, checkpointing and
-    parametrizations add.
-    """
-    # the number stays: weight normalisation makes two parameters, original0 and original1, of one
-    while (shorter := _PARAMETRIZED.sub(r"\1\2", _WRAPPERS.sub("", name))) != name:
-        name = shorter
-    return name
 
 
 @dataclass
@@ -81,7 +46,7 @@ class _Bucket:
     grads: list[Tensor]
 
 
-class MaskedAdamW(Optimizer):
+class MaskedAdamW(SurvivingOptimizer):
     r"""AdamW on the entries that a policy selects; a drop-in for `torch.optim.AdamW`, which `policy=None` is.
 
     At each step the policy gives a mask :math:`M_t`, and selected entries take the update of AdamW. What
@@ -143,11 +108,16 @@ class MaskedAdamW(Optimizer):
         Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019.
     """
 
-    _loading: dict[str, Any] | None = None
-    _names: dict[Tensor, str] | None = None
+    _configuration = (
+        "policy",
+        "unselected",
+        "backend",
+        "state_dtype",
+        "stochastic_rounding",
+        "max_grad_norm",
+    )
     _depths: dict[str, int] | None = None
     _keys_checked: bool = False
-    _known: list[list[Tensor]]
 
     def __init__(
         self,
@@ -231,7 +201,7 @@ class MaskedAdamW(Optimizer):
             "decoupled_weight_decay": True,
             "masked": True,
             "masking": self._masking(),
-            **dict.fromkeys(_CLOCK, 0),
+            **dict.fromkeys(CLOCK, 0),
             "seed": seed,
         }
         super().__init__(params, defaults)
@@ -505,7 +475,7 @@ class MaskedAdamW(Optimizer):
         """The parameter's state, with everything that an update under this mask needs."""
         state: dict[str, Any] = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0, dtype=_step_dtype(), device="cpu")
+            state["step"] = torch.tensor(0.0, dtype=step_dtype(), device="cpu")
         if self._uses_keys:
             # kept, so that a later renaming of parameters changes nothing
             state.setdefault("key", self._tensor_key(p))
@@ -513,8 +483,8 @@ class MaskedAdamW(Optimizer):
             return state
         if "exp_avg" not in state:
             if isinstance(mask, Indexed):
-                fresh = torch.zeros(mask.indices.numel(), dtype=_compact_dtype(p), device=p.device)
-                self._make_master(p, state)
+                fresh = torch.zeros(mask.indices.numel(), dtype=compact_dtype(p), device=p.device)
+                make_master(p, state)
             else:
                 # a complex parameter keeps complex moments, as in torch
                 dtype = p.dtype if p.is_complex() or self.state_dtype is None else self.state_dtype
@@ -526,21 +496,7 @@ class MaskedAdamW(Optimizer):
             state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         return state
 
-    @staticmethod
-    def _make_master(p: Tensor, state: dict[str, Any]) -> None:
-        """Give the selected entries of a low-precision parameter a float32 value of their own."""
-        if p.dtype != _compact_dtype(p):
-            state["master"] = p.detach().reshape(-1)[state["indices"].long()].to(_compact_dtype(p))
-
     # the clock, and what follows from it
-
-    def _number(self, name: str) -> int:
-        """One of the optimizer's own numbers, which every group holds."""
-        return int(self.param_groups[0][name])
-
-    def _set_numbers(self, **numbers: int) -> None:
-        for group in self.param_groups:
-            group.update(numbers)
 
     def _draw(self) -> int:
         """The number of the mask that the next update uses."""
@@ -629,7 +585,7 @@ class MaskedAdamW(Optimizer):
         self._follow_swapped_parameters()
         masked = {p for group in self.param_groups if group["masked"] for p in group["params"]}
         known = {own: p for p, own in self._all_names().items() if p in masked}
-        p = known.get(_clean_name(name)) if self._named else None
+        p = known.get(clean_name(name)) if self._named else None
         if p is None:
             raise ValueError(
                 f"name must be that of a named parameter of this optimizer that is masked, got {name!r}; "
@@ -768,21 +724,10 @@ class MaskedAdamW(Optimizer):
 
     # names and keys
 
-    def _name(self, param: Tensor) -> str:
-        """The parameter's clean name, or its ordinal over all groups where no names were given."""
-        return self._all_names()[param]
-
-    def _all_names(self) -> dict[Tensor, str]:
-        """Every parameter once, in order, with its name; the first of several that a tied parameter has."""
-        if self._names is None:
-            params = [p for group in self.param_groups for p in group["params"]]
-            given = [str(ordinal) for ordinal in range(len(params))]
-            if self._named:
-                given = [_clean_name(name) for group in self.param_groups for name in group["param_names"]]
-            self._names = {}
-            for p, name in zip(params, given, strict=True):
-                self._names.setdefault(p, name)
-        return self._names
+    def _remember_parameters(self) -> None:
+        super()._remember_parameters()
+        self._depths = None
+        self._keys_checked = False
 
     def _depth(self, p: Tensor) -> int:
         """The stage in which gradual unfreezing lets a parameter train."""
@@ -795,18 +740,6 @@ class MaskedAdamW(Optimizer):
             assert isinstance(self.policy, GradualUnfreezing)
             self._depths = self.policy.depth(self._all_names().values())
         return self._depths[self._name(p)]
-
-    @property
-    def _named(self) -> bool:
-        return "param_names" in self.param_groups[0]
-
-    def _tensor_key(self, p: Tensor) -> int:
-        """The 32 bits that tell this tensor's random words from others'; fixed at the first step, and
-        saved.
-        """
-        saved = self.state.get(p, {}).get("key")
-        name = self._name(p)
-        return int(saved) if saved is not None else zlib.crc32(name.encode()) if self._named else int(name)
 
     def _mask_key(self, p: Tensor) -> int:
         if isinstance(self.policy, Bernoulli) and self.policy.unit == "layer":
@@ -837,170 +770,7 @@ class MaskedAdamW(Optimizer):
                 )
         self._keys_checked = True
 
-    # state that survives
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; it inherits the optimizer's clock. See `torch.optim.Optimizer`."""
-        if isinstance(param_group, dict):
-            param_group = self._checked_group(param_group)
-        super().add_param_group(param_group)
-        self.param_groups[-1].update({name: self.param_groups[0][name] for name in (*_CLOCK, "masking")})
-        self._remember_parameters()
-
-    def _checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what a group cannot say, so that nothing is ignored."""
-        own = (*_CLOCK, "masking")
-        if "masking" in group:
-            # a group of another optimizer of ours: its clock and policy stay there
-            group = {key: value for key, value in group.items() if key not in own}
-        # groups of a torch optimizer name all switches; those that are off ask for nothing
-        asked = [key for key in group if key in own or (key in _SWITCHES and key != "foreach" and group[key])]
-        misplaced = [
-            k for k in group if k in _CONSTRUCTOR_ONLY or (k in asked and group[k] != self.defaults[k])
-        ]
-        if misplaced:
-            raise ValueError(
-                f"a parameter group must override numbers and `masked` only, got {misplaced[0]!r}; "
-                "give it to the optimizer, or make a second optimizer."
-            )
-        if not isinstance(group.get("masked", True), bool):
-            raise ValueError(
-                f"masked must be True or False in a parameter group, got {group['masked']!r}; "
-                "False trains the group densely."
-            )
-        return group
-
-    def _remember_parameters(self) -> None:
-        self._known = [list(group["params"]) for group in self.param_groups]
-        self._names = None
-        self._depths = None
-        self._keys_checked = False
-
-    def _follow_swapped_parameters(self) -> None:
-        """Let state follow a parameter object that somebody replaced in its group, by (group, position)."""
-        if len(self._known) == len(self.param_groups) and all(
-            len(known) == len(group["params"]) and all(map(operator.is_, known, group["params"]))
-            for known, group in zip(self._known, self.param_groups, strict=True)
-        ):
-            return
-        present = {p for group in self.param_groups for p in group["params"]}
-        before = {p for known in self._known for p in known}
-        swaps = [
-            (old, new)
-            # groups may have come or gone by hand, as torch allows
-            for known, group in zip(self._known, self.param_groups, strict=False)
-            # a list of another length was edited, and in an edited list parameters only change places
-            if len(known) == len(group["params"])
-            for old, new in zip(known, group["params"], strict=True)
-            if old not in present and new not in before and self.state.get(old)
-        ]
-        for old, new in swaps:
-            if new.shape != old.shape or _is_dtensor(new) != _is_dtensor(old):
-                raise RuntimeError(
-                    f"a parameter that has state must keep its shape and kind when it is replaced, got "
-                    f"{type(new).__name__} {tuple(new.shape)} for {type(old).__name__} {tuple(old.shape)}; "
-                    "shard or reshape the model before the first step."
-                )
-        for old, new in swaps:
-            state = self.state.pop(old)
-            for key, value in state.items():
-                if isinstance(value, Tensor) and key != "step":
-                    state[key] = value.to(new.device)
-            if "indices" in state and "exp_avg" in state and new.dtype != old.dtype:
-                state.pop("master", None)
-                for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                    if key in state:
-                        state[key] = state[key].to(_compact_dtype(new))
-                self._make_master(new, state)
-            self.state[new] = state
-        self._remember_parameters()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch; every tensor has the dtype that it has while training."""
-        self._follow_swapped_parameters()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state dict, of this class or (without a policy) of `torch.optim.AdamW`, keeping every dtype.
-
-        How the arithmetic runs (`foreach`, `fused`, `capturable`, `differentiable`) stays as constructed.
-
-        Raises:
-            ValueError: when the groups do not match, or the policy or `unselected` is another than the saved
-                one.
-        """
-        self._follow_swapped_parameters()
-
-        def capture(_: Optimizer, final: dict[str, Any]) -> None:
-            # registered last, so that this is the dict that users' own hooks have left
-            for saved in final["param_groups"]:
-                masking = saved.get("masking", "policy=None")
-                if masking != self._masking():
-                    raise ValueError(
-                        f"the saved masking must be this optimizer's ({self._masking()}), got ({masking}); "
-                        "construct the optimizer as it was when saved."
-                    )
-            self._check_saved_shapes(final)
-            self._loading = final
-
-        handle = self.register_load_state_dict_pre_hook(capture)
-        try:
-            super().load_state_dict(dict(state_dict))
-        finally:
-            handle.remove()
-            self._loading = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but hooks, as torch has it, and what the constructor was given."""
-        own = ("policy", "unselected", "backend", "state_dtype", "stochastic_rounding", "max_grad_norm")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a loaded or unpickled state, restoring what torch's loading casts to the parameter's
-        dtype.
-        """
-        switches = [
-            {name: group[name] for name in _SWITCHES} for group in self.__dict__.get("param_groups", [])
-        ]
-        super().__setstate__(state)
-        for i, group in enumerate(self.param_groups):
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-            if self._loading is not None:
-                group.update(switches[i])
-        if self._loading is not None:
-            self._restore_dtypes(self._loading)
-        for p_state in self.state.values():
-            if isinstance(p_state, dict) and p_state and not isinstance(p_state["step"], Tensor):
-                p_state["step"] = torch.tensor(float(p_state["step"]), dtype=_step_dtype(), device="cpu")
-        self._remember_parameters()
-
-    def _restore_dtypes(self, final: dict[str, Any]) -> None:
-        saved = [number for group in final["param_groups"] for number in group["params"]]
-        current = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(saved, current, strict=True):
-            for key, value in final["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][key] = value.to("cpu" if key == "step" else p.device)
-
-    def _check_saved_shapes(self, final: dict[str, Any]) -> None:
-        saved = [number for group in final["param_groups"] for number in group["params"]]
-        current = [p for group in self.param_groups for p in group["params"]]
-        # another number of parameters is refused by torch, in its own words
-        for number, p in zip(saved, current, strict=False):
-            state = final["state"].get(number, {})
-            for key, value in state.items():
-                shape = state["indices"].shape if "indices" in state and key != "statistic" else p.shape
-                per_entry = key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age", "statistic")
-                if per_entry and value.shape != shape:
-                    raise ValueError(
-                        f"saved {key} of {self._name(p)!r} must have shape {tuple(shape)}, got "
-                        f"{tuple(value.shape)}; "
-                        "load the state dict of a model with the same shapes."
-                    )
-
     def _masking(self) -> str:
-        """What must be the same for a saved state to mean the same."""
         return (
             "policy=None"
             if self.policy is None
@@ -1018,7 +788,7 @@ class MaskedAdamW(Optimizer):
         assert p.grad is not None
         if p.grad.layout is not torch.strided:
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        if _is_dtensor(p):
+        if is_dtensor(p):
             raise NotImplementedError(
                 f"parameters must be plain tensors in this version, got a DTensor for {self._name(p)!r}; "
                 "use DistributedDataParallel instead of sharding."
@@ -1035,26 +805,11 @@ class MaskedAdamW(Optimizer):
             )
 
 
-def _compact_dtype(p: Tensor) -> torch.dtype:
-    """The dtype of moments that are kept for selected entries only."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
 def _draws(masks: list[Seeded]) -> Draws:
     """Masks of one draw in the form in which backends take them."""
     first = masks[0]
     draw = purpose_draw(MASK_DRAWS, first.draw)
     return Draws(first.seed, draw, first.threshold, [mask.key for mask in masks], first.one_word)
-
-
-def _step_dtype() -> torch.dtype:
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    # importing it here would cost every user of plain tensors a second
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _check_hyperparameters(

@@ -99,8 +99,8 @@ def philox_words(seed: int, draw: int, key: int, entries: Tensor) -> Tensor:
     """The random word of each entry.
 
     Entry e lies in tile T = e // 1024; its counter is q = 256 T + e % 256 and its word number
-    `(e % 1024) // 256` of the four that Philox returns for `(q low, q high, draw, key)` under `seed`. So a tile is four
-    coalesced quarter-blocks.
+    `(e % 1024) // 256` of the four that Philox returns for `(q low, q high, draw, key)` under `seed`. So a
+    tile is four coalesced quarter-blocks.
 
     Args:
         seed: 64 bits. draw, key: 32 bits each.

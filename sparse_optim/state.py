@@ -1,0 +1,274 @@
+"""What lets state survive: names, swapped parameter objects, saving and loading. No policy and no arithmetic.
+
+`torch.optim.Optimizer` casts state to the parameter's dtype when it loads, forgets attributes when it is
+copied, and keys state by the parameter object. This class keeps dtypes, attributes and state through all of
+that.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import sys
+import zlib
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+# the optimizer's own numbers, equal in every group: so they survive every way of saving
+CLOCK = ("seed", "clock", "phase", "draw", "epoch")
+# words of a constructor that a group cannot override
+_CONSTRUCTOR_ONLY = {
+    *("policy", "unselected", "backend", "state_dtype", "stochastic_rounding", "release_gradients"),
+    *("max_grad_norm", "variant", "fidelity", "keep", "density", "observe_steps", "statistic", "schedule"),
+}
+# how the arithmetic runs is the running program's choice, not the checkpoint's
+_SWITCHES = ("foreach", "capturable", "differentiable", "fused")
+_WRAPPERS = re.compile(r"^module\.|(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
+_PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original(\d*)$")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name in the plain model, without what DDP, torch.compile, checkpointing and
+    parametrizations add.
+    """
+    # the number stays: weight normalisation makes two parameters, original0 and original1, of one
+    while (shorter := _PARAMETRIZED.sub(r"\1\2", _WRAPPERS.sub("", name))) != name:
+        name = shorter
+    return name
+
+
+class SurvivingOptimizer(Optimizer):
+    """An optimizer whose numbers live in every group, and whose state follows names and positions.
+
+    Groups hold the numbers `seed`, `clock`, `phase`, `draw` and `epoch`, and the string `masking`, which says
+    what has to be the same for a saved state to mean the same.
+    """
+
+    # attributes that the constructor sets, and that copies and pickles keep
+    _configuration: ClassVar[tuple[str, ...]] = ()
+    _loading: dict[str, Any] | None = None
+    _names: dict[Tensor, str] | None = None
+    _known: list[list[Tensor]]
+
+    @abstractmethod
+    def _masking(self) -> str:
+        """What must be the same for a saved state to mean the same."""
+
+    def _number(self, name: str) -> int:
+        """One of the optimizer's own numbers, which every group holds."""
+        return int(self.param_groups[0][name])
+
+    def _set_numbers(self, **numbers: int) -> None:
+        for group in self.param_groups:
+            group.update(numbers)
+
+    def _name(self, param: Tensor) -> str:
+        """The parameter's clean name, or its ordinal over all groups where no names were given."""
+        return self._all_names()[param]
+
+    def _all_names(self) -> dict[Tensor, str]:
+        """Every parameter once, in order, with its name; the first of several that a tied parameter has."""
+        if self._names is None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            given = [str(ordinal) for ordinal in range(len(params))]
+            if self._named:
+                given = [clean_name(name) for group in self.param_groups for name in group["param_names"]]
+            self._names = {}
+            for p, name in zip(params, given, strict=True):
+                self._names.setdefault(p, name)
+        return self._names
+
+    @property
+    def _named(self) -> bool:
+        return "param_names" in self.param_groups[0]
+
+    def _tensor_key(self, p: Tensor) -> int:
+        """The 32 bits that tell this tensor's random words from others'; fixed at the first step, and
+        saved.
+        """
+        saved = self.state.get(p, {}).get("key")
+        name = self._name(p)
+        return int(saved) if saved is not None else zlib.crc32(name.encode()) if self._named else int(name)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; it inherits the optimizer's clock. See `torch.optim.Optimizer`."""
+        if isinstance(param_group, dict):
+            param_group = self._checked_group(param_group)
+        super().add_param_group(param_group)
+        self.param_groups[-1].update({name: self.param_groups[0][name] for name in (*CLOCK, "masking")})
+        self._remember_parameters()
+
+    def _checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what a group cannot say, so that nothing is ignored."""
+        own = (*CLOCK, "masking")
+        if "masking" in group:
+            # a group of another optimizer of ours: its clock and policy stay there
+            group = {key: value for key, value in group.items() if key not in own}
+        # groups of a torch optimizer name all switches; those that are off ask for nothing
+        asked = [key for key in group if key in own or (key in _SWITCHES and key != "foreach" and group[key])]
+        misplaced = [
+            k for k in group if k in _CONSTRUCTOR_ONLY or (k in asked and group[k] != self.defaults[k])
+        ]
+        if misplaced:
+            raise ValueError(
+                f"a parameter group must override numbers and `masked` only, got {misplaced[0]!r}; "
+                "give it to the optimizer, or make a second optimizer."
+            )
+        if not isinstance(group.get("masked", True), bool):
+            raise ValueError(
+                f"masked must be True or False in a parameter group, got {group['masked']!r}; "
+                "False trains the group densely."
+            )
+        return group
+
+    def _remember_parameters(self) -> None:
+        self._known = [list(group["params"]) for group in self.param_groups]
+        self._names = None
+
+    def _follow_swapped_parameters(self) -> None:
+        """Let state follow a parameter object that somebody replaced in its group, by (group, position)."""
+        if len(self._known) == len(self.param_groups) and all(
+            len(known) == len(group["params"]) and all(map(operator.is_, known, group["params"]))
+            for known, group in zip(self._known, self.param_groups, strict=True)
+        ):
+            return
+        present = {p for group in self.param_groups for p in group["params"]}
+        before = {p for known in self._known for p in known}
+        swaps = [
+            (old, new)
+            # groups may have come or gone by hand, as torch allows
+            for known, group in zip(self._known, self.param_groups, strict=False)
+            # a list of another length was edited, and in an edited list parameters only change places
+            if len(known) == len(group["params"])
+            for old, new in zip(known, group["params"], strict=True)
+            if old not in present and new not in before and self.state.get(old)
+        ]
+        for old, new in swaps:
+            if new.shape != old.shape or is_dtensor(new) != is_dtensor(old):
+                raise RuntimeError(
+                    f"a parameter that has state must keep its shape and kind when it is replaced, got "
+                    f"{type(new).__name__} {tuple(new.shape)} for {type(old).__name__} {tuple(old.shape)}; "
+                    "shard or reshape the model before the first step."
+                )
+        for old, new in swaps:
+            state = self.state.pop(old)
+            for key, value in state.items():
+                if isinstance(value, Tensor) and key != "step":
+                    state[key] = value.to(new.device)
+            if "indices" in state and "exp_avg" in state and new.dtype != old.dtype:
+                state.pop("master", None)
+                for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                    if key in state:
+                        state[key] = state[key].to(compact_dtype(new))
+                make_master(new, state)
+            self.state[new] = state
+        self._remember_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; every tensor has the dtype that it has while training."""
+        self._follow_swapped_parameters()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state dict, of this class or (without a policy) of `torch.optim.AdamW`, keeping every dtype.
+
+        How the arithmetic runs (`foreach`, `fused`, `capturable`, `differentiable`) stays as constructed.
+
+        Raises:
+            ValueError: when the groups do not match, or the policy or `unselected` is another than the saved
+                one.
+        """
+        self._follow_swapped_parameters()
+
+        def capture(_: Optimizer, final: dict[str, Any]) -> None:
+            # registered last, so that this is the dict that users' own hooks have left
+            for saved in final["param_groups"]:
+                masking = saved.get("masking", "policy=None")
+                if masking != self._masking():
+                    raise ValueError(
+                        f"the saved masking must be this optimizer's ({self._masking()}), got ({masking}); "
+                        "construct the optimizer as it was when saved."
+                    )
+            self._check_saved_shapes(final)
+            self._loading = final
+
+        handle = self.register_load_state_dict_pre_hook(capture)
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but hooks, as torch has it, and what the constructor was given."""
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._configuration}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a loaded or unpickled state, restoring what torch's loading casts to the parameter's
+        dtype.
+        """
+        switches = [
+            {name: group[name] for name in _SWITCHES} for group in self.__dict__.get("param_groups", [])
+        ]
+        super().__setstate__(state)
+        for i, group in enumerate(self.param_groups):
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            if self._loading is not None:
+                group.update(switches[i])
+        if self._loading is not None:
+            self._restore_dtypes(self._loading)
+        for p_state in self.state.values():
+            if isinstance(p_state, dict) and p_state and not isinstance(p_state["step"], Tensor):
+                p_state["step"] = torch.tensor(float(p_state["step"]), dtype=step_dtype(), device="cpu")
+        self._remember_parameters()
+
+    def _restore_dtypes(self, final: dict[str, Any]) -> None:
+        saved = [number for group in final["param_groups"] for number in group["params"]]
+        current = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(saved, current, strict=True):
+            for key, value in final["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.to("cpu" if key == "step" else p.device)
+
+    def _check_saved_shapes(self, final: dict[str, Any]) -> None:
+        saved = [number for group in final["param_groups"] for number in group["params"]]
+        current = [p for group in self.param_groups for p in group["params"]]
+        # another number of parameters is refused by torch, in its own words
+        for number, p in zip(saved, current, strict=False):
+            state = final["state"].get(number, {})
+            for key, value in state.items():
+                shape = state["indices"].shape if "indices" in state and key != "statistic" else p.shape
+                per_entry = key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age", "statistic")
+                if per_entry and value.shape != shape:
+                    raise ValueError(
+                        f"saved {key} of {self._name(p)!r} must have shape {tuple(shape)}, got "
+                        f"{tuple(value.shape)}; "
+                        "load the state dict of a model with the same shapes."
+                    )
+
+
+def make_master(p: Tensor, state: dict[str, Any]) -> None:
+    """Give the selected entries of a low-precision parameter a float32 value of their own."""
+    if p.dtype != compact_dtype(p):
+        state["master"] = p.detach().reshape(-1)[state["indices"].long()].to(compact_dtype(p))
+
+
+def compact_dtype(p: Tensor) -> torch.dtype:
+    """The dtype of moments that are kept for selected entries only."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def step_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    # importing it here would cost every user of plain tensors a second
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
