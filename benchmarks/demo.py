@@ -45,7 +45,7 @@ class Method:
 
 
 # learning rates: the best of a few on the validation part, about a factor of two apart, with two seeds. No
-# test question took part; `--part validation --examples 240 --only NAME --lr LR` shows one point of that search
+# test question took part; one point of that search: `--part validation --examples 240 --only NAME --lr LR`
 METHODS = (
     Method(
         "AdamW (torch, fused)",

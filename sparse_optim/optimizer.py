@@ -649,7 +649,13 @@ class MaskedAdamW(SurvivingOptimizer):
                     "second "
                     "derivatives; leave curvature out."
                 )
-            products = torch.autograd.grad(product, list(signs), retain_graph=True, allow_unused=True)
+            try:
+                products = torch.autograd.grad(product, list(signs), retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "observe_curvature() needs operations that can be differentiated twice, got one that cannot "
+                    f"({error}); fused attention is one: load the model with attn_implementation='eager'."
+                ) from error
         for (p, sign), curved in zip(signs.items(), products, strict=True):
             state = self._start(p)
             if "curvature" not in state:
@@ -678,8 +684,11 @@ class MaskedAdamW(SurvivingOptimizer):
         self._set_numbers(epoch=self._number("epoch") + 1)
 
     @torch.no_grad()
-    def mask(self, param: Tensor) -> Tensor:
+    def mask(self, param: Tensor, *, upcoming: bool = False) -> Tensor:
         """Which entries of a parameter the last update trained: bool, in the parameter's shape.
+
+        With `upcoming`, what the next update trains, as far as that is known: all False while a selection is
+        still to be made.
 
         All False before the first update, while a schedule trains nothing, and for a parameter that never had
         a gradient. Right after an explicit `select()`, the entries that the next update trains.
@@ -695,7 +704,7 @@ class MaskedAdamW(SurvivingOptimizer):
                 f"param must be a parameter of this optimizer, got {got}; "
                 "pass the object that the model holds."
             )
-        mask = self._last_mask(param, group)
+        mask = self._next_mask(param, group) if upcoming else self._last_mask(param, group)
         if isinstance(mask, Bits):
             return unpack_bits(mask.bits, param.numel()).view(param.shape)
         selected = torch.full((param.numel(),), mask is EVERYTHING, device=param.device)
@@ -715,6 +724,15 @@ class MaskedAdamW(SurvivingOptimizer):
             if observed and not self._trains_while_observing:
                 return NOTHING
         return self._mask(p, group, observing=observed, draw=self._number("draw"))
+
+    def _next_mask(self, p: Tensor, group: dict[str, Any]) -> Mask:
+        observing = False
+        if isinstance(self.policy, TopK) and not self.policy.trains_everything:
+            observing = self._number("phase") % 2 == 0
+            moves = self._trains_while_observing
+            if observing and not moves and (group["masked"] or self.policy.schedule.observe is not None):
+                return NOTHING
+        return self._mask(p, group, observing=observing, draw=self._draw())
 
     def density(self) -> float:
         """The share of all entries in this optimizer that the last update trained."""

@@ -1125,3 +1125,23 @@ def test_a_group_added_after_a_static_selection_stays_frozen():
         a.grad = late.grad = torch.ones(20)
         optimizer.step()
     assert (late == 1).all() and int(optimizer.mask(a).sum()) == 10
+
+
+def test_the_upcoming_mask_is_what_the_next_update_trains():
+    policies = {
+        "drawn": Bernoulli(0.5),
+        "alternating": TopK(0.5, schedule=Schedule(observe=2, train=2, meanwhile="everything")),
+        "once": TopK(0.5, schedule=Schedule(observe=2)),
+        "dense": TopK(1.0, schedule=Schedule(observe=2)),
+    }
+    for policy_id, policy in policies.items():
+        weight, head = nn.Parameter(torch.zeros(40)), nn.Parameter(torch.zeros(3))
+        groups = [{"params": [weight]}, {"params": [head], "masked": False}]
+        optimizer = MaskedAdamW(groups, policy=policy, lr=0.1)
+        for t in range(7):
+            weight.grad = torch.randn(40, generator=torch.Generator().manual_seed(t))
+            head.grad = torch.ones(3)
+            promised = [optimizer.mask(p, upcoming=True) for p in (weight, head)]
+            optimizer.step()
+            trained = [optimizer.mask(p) for p in (weight, head)]
+            assert all(map(torch.equal, promised, trained)), (policy_id, t)

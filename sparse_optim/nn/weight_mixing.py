@@ -370,18 +370,8 @@ class _Stages:
         return bool(self._optimizer.param_groups[0]["phase"] % 2)
 
     def mask(self, weight: Tensor) -> Tensor:
-        """What the next update trains, [out, in] bool; optimizer.mask() gives what the last one did."""
-        state = self._optimizer.state
-        if "bits" not in state.get(weight, {}):
-            # refuses a tensor that is not the optimizer's, and moves the state of a replaced parameter
-            self._optimizer.mask(weight)
-        bits = state.get(weight, {}).get("bits")
-        if bits is None:
-            # it had no gradient
-            return torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
-        shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-        selected: Tensor = bits.unsqueeze(1) >> shifts & 1
-        return selected.view(-1)[: weight.numel()].view(weight.shape).bool()
+        """What the next update trains, [out, in] bool."""
+        return self._optimizer.mask(weight, upcoming=True)
 
     def _check_clock(self) -> None:
         clock = self._optimizer.param_groups[0]["clock"]
