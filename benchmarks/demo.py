@@ -1,6 +1,6 @@
 """Fine-tunes a pre-trained encoder on a few hundred questions, once with each optimizer, and compares them.
 
-    python -m benchmarks.demo            four optimizers, two seeds, about two minutes on two cores
+    python -m benchmarks.demo            every method, two seeds, a few minutes on two cores
     python -m benchmarks.demo --quick    a smoke run: half of the encoder, one seed, a few steps
 
 `fine_tune` is an ordinary PyTorch loop. One line differs between the rows, the one that makes the optimizer;
@@ -27,11 +27,28 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks import data
-from sparse_optim import ChildTuningAdamW, MaskedAdamW, Schedule, SquaredGradient, TopK, param_groups
+from sparse_optim import (
+    ChildTuningAdamW,
+    DPSAdamW,
+    GradDropAdamW,
+    MaskedAdamW,
+    Schedule,
+    SecondOrderAdamW,
+    SquaredGradient,
+    TopK,
+    param_groups,
+)
+from sparse_optim.nn import RandomAutoencoders, mix_weights
 
 BATCH_SIZE = 16
 MAX_GRAD_NORM = 1.0
+# steps of each stage of DPS
+STAGE = 5
 FIGURE = Path(__file__).parent / "results" / "demo.png"
+
+
+# what a method that acts on activations adds to the loss of each batch
+ExtraLoss = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,8 +57,30 @@ class Method:
 
     name: str
     lr: float
-    optimizer: Callable[[nn.Module, float, int], torch.optim.Optimizer]
+    optimizer: Callable[
+        [nn.Module, float, int], torch.optim.Optimizer | tuple[torch.optim.Optimizer, ExtraLoss]
+    ]
     observes: bool = False
+    # whether the learning rate was searched for, rather than taken from a row alike
+    tuned: bool = True
+
+
+def dps_mix(model: nn.Module, lr: float, n: int) -> torch.optim.Optimizer:
+    """The optimizer half and the forward half of DPS Mix."""
+    groups = param_groups(model, method="dps")
+    optimizer = DPSAdamW(groups, lr=lr, variant="mix", density=0.7, update_steps=STAGE)
+    mix_weights(model, optimizer)
+    return optimizer
+
+
+def mvcr(model: nn.Module, lr: float, n: int) -> tuple[torch.optim.Optimizer, ExtraLoss]:
+    """AdamW on the model and on random autoencoders behind its middle and its last layer."""
+    depth = model.encoder.config.num_hidden_layers
+    autoencoders = RandomAutoencoders.attach(
+        model.encoder, layers=[depth // 2, depth - 1], dims=(64, 128, 192)
+    )
+    groups = [*param_groups(model), {"params": list(autoencoders.named_parameters()), "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, fused=True), autoencoders.reconstruction_loss
 
 
 # learning rates: the best of a few on the validation part, about a factor of two apart, with two seeds. No
@@ -75,6 +114,33 @@ METHODS = (
         ),
         observes=True,
     ),
+    Method(
+        "DPS dense, keep 70 %",
+        2e-4,
+        lambda model, lr, n: DPSAdamW(
+            param_groups(model, method="dps"), lr=lr, variant="dense", density=0.7, update_steps=STAGE
+        ),
+        tuned=False,
+    ),
+    Method("DPS mix, keep 70 %", 2e-4, dps_mix, tuned=False),
+    Method(
+        "Second order, density 0.5 %",
+        4e-3,
+        lambda model, lr, n: SecondOrderAdamW(
+            param_groups(model, method="second_order"), lr=lr, density=0.005, observe_steps=n
+        ),
+        observes=True,
+        tuned=False,
+    ),
+    Method(
+        "Layer-GradDrop, keep 50 %",
+        2e-4,
+        lambda model, lr, n: GradDropAdamW(
+            param_groups(model, method="grad_drop"), lr=lr, keep=0.5, granularity="layer"
+        ),
+        tuned=False,
+    ),
+    Method("MVCR, two layers", 2e-4, mvcr, tuned=False),
 )
 
 
@@ -114,11 +180,13 @@ def fine_tune(method: Method, lr: float, seed: int, task: Task, bar: tqdm[Any]) 
     order = random.Random(seed)
     examples = order.sample(task.dataset.train, task.examples)
     model = data.load_classifier(len(task.dataset.labels), layers=task.layers).to(task.device)
-    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    before = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     run = Run()
 
     # the one line that differs
-    optimizer = method.optimizer(model, lr, task.steps_per_epoch)
+    made = method.optimizer(model, lr, task.steps_per_epoch)
+
+    optimizer, extra_loss = made if isinstance(made, tuple) else (made, None)
 
     steps = task.epochs * task.steps_per_epoch
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -127,6 +195,8 @@ def fine_tune(method: Method, lr: float, seed: int, task: Task, bar: tqdm[Any]) 
         for inputs, labels in batches(examples, task, order):
             started = now(task.device)
             loss = cross_entropy(model(**inputs), labels)
+            if extra_loss is not None:
+                loss = loss + extra_loss()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             before_step = now(task.device)
@@ -142,7 +212,7 @@ def fine_tune(method: Method, lr: float, seed: int, task: Task, bar: tqdm[Any]) 
             bar.update()
 
     run.state_bytes = state_bytes(optimizer)
-    run.share_changed = share_changed(model, before)
+    run.share_changed = share_changed(before)
     run.accuracy = accuracy(model, task)
     return run
 
@@ -182,13 +252,10 @@ def accuracy(model: nn.Module, task: Task) -> float:
     return correct / len(held_out)
 
 
-def share_changed(model: nn.Module, before: Sequence[Tensor]) -> float:
-    """The share of trainable weights whose bits are no longer those from before training."""
-    after = [p.detach() for p in model.parameters() if p.requires_grad]
-    changed = sum(
-        int((a.view(torch.int32) != b.view(torch.int32)).sum()) for a, b in zip(after, before, strict=True)
-    )
-    return changed / sum(p.numel() for p in after)
+def share_changed(before: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The share of weights, given each with a copy from before training, whose bits are others now."""
+    changed = sum(int((p.detach().view(torch.int32) != copy.view(torch.int32)).sum()) for p, copy in before)
+    return changed / sum(p.numel() for p, _ in before)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -242,12 +309,29 @@ def summarize(method: Method, lr: float, runs: Sequence[Run], observed: int) -> 
 
 def make_table(rows: Sequence[Summary]) -> str:
     """Renders the rows as aligned text."""
-    header = ["optimizer", "accuracy %", "lowest - highest", "ms a step", "state MiB", "at most", "changed %"]
+    header = [
+        "optimizer",
+        "seeds",
+        "accuracy %",
+        "lowest - highest",
+        "ms a step",
+        "state MiB",
+        "at most",
+        "changed %",
+    ]
     lines = [header]
     for row in rows:
-        spread = f"{min(row.accuracies):.1f} - {max(row.accuracies):.1f}"
+        seeds = len(row.accuracies)
+        spread = f"{min(row.accuracies):.1f} - {max(row.accuracies):.1f}" if seeds > 1 else "-"
         numbers = [row.step_ms, row.state_mib, row.most_state_mib, row.percent_changed]
-        lines.append([row.name, f"{row.accuracy:.1f}", spread, *(f"{number:.1f}" for number in numbers)])
+        cells = [
+            row.name,
+            str(seeds),
+            f"{row.accuracy:.1f}",
+            spread,
+            *(f"{number:.1f}" for number in numbers),
+        ]
+        lines.append(cells)
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -307,7 +391,7 @@ def save_figure(rows: Sequence[Summary], caption: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def footnotes(rows: Sequence[Summary], task: Task, seeds: int) -> str:
+def footnotes(rows: Sequence[Summary], task: Task) -> str:
     """What a reader has to know before comparing the rows."""
     n, steps = task.steps_per_epoch, task.epochs * task.steps_per_epoch
     error = max((row.accuracy * (100 - row.accuracy) / task.tested) ** 0.5 for row in rows)
@@ -317,15 +401,17 @@ def footnotes(rows: Sequence[Summary], task: Task, seeds: int) -> str:
     notes = [
         f"Every row makes the same {steps} step() calls per seed: {task.epochs} passes over {task.examples} "
         f"examples in batches of {BATCH_SIZE}.",
-        f"Learning rates, chosen on validation questions, falling linearly to zero: {rates}.",
+        f"Learning rates, falling linearly to zero: {rates}. Those of "
+        f"{', '.join(method.name for method in METHODS if method.tuned)} were chosen on validation "
+        "questions, the others are AdamW's, or TopK's.",
         f"Rows that select by gradients only observe in their first {n} step() calls: no weight moves, no "
         f"pass is added, and {steps - n} steps are left to train where the others have {steps}. "
         f"What observing and selecting took: {observing}.",
         '"ms a step" is the median of optimizer.step() alone, over the steps that move weights. Other '
         "programs on the machine disturb it; benchmarks.baselines measures speed properly.",
         '"state" is what the optimizer keeps between steps at the end, "at most" includes observing.',
-        f"{task.tested} questions give an accuracy a standard error of about {error:.1f} points, and {seeds} "
-        "seed(s) say little: this shows that all rows work, not which one is better.",
+        f"{task.tested} questions give an accuracy a standard error of about {error:.1f} points, and one or "
+        "two seeds say little: this shows that all rows work, not which one is better.",
     ]
     if not observers:
         del notes[2]
@@ -339,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--examples", type=int, default=200, help="training questions per seed")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--tested", type=int, default=1000, help="held-out questions")
+    parser.add_argument("--tested", type=int, default=500, help="held-out questions")
     parser.add_argument("--part", choices=("test", "validation"), default="test")
     parser.add_argument("--lr", type=float, help="one learning rate for all rows instead of the chosen ones")
     parser.add_argument("--only", default="", help="rows whose name contains this")
@@ -370,17 +456,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     methods = [method for method in METHODS if options.only in method.name]
     runs: dict[str, list[Run]] = {method.name: [] for method in methods}
-    seeds = 0
+    skipped = 0
+    longest = 0.0
     for seed in range(options.seeds):
-        elapsed = time.perf_counter() - started
-        if seed and elapsed + elapsed / seed > options.time_limit:
-            print(f"{options.seeds - seed} seed(s) skipped: this machine needed {elapsed:.0f} s for {seed}.")
-            break
         for method in methods:
+            begun = time.perf_counter()
+            if seed and begun - started + longest > options.time_limit:
+                skipped += 1
+                continue
             total = task.epochs * task.steps_per_epoch
             with tqdm(total=total, desc=f"seed {seed}, {method.name}", ncols=100, mininterval=0.5) as bar:
                 runs[method.name].append(fine_tune(method, options.lr or method.lr, seed, task, bar))
-        seeds += 1
+            longest = max(longest, time.perf_counter() - begun)
+    if skipped:
+        print(
+            f"{skipped} runs skipped: on this machine they would have ended after {options.time_limit:.0f} s."
+        )
 
     rows = [
         summarize(method, options.lr or method.lr, runs[method.name], task.steps_per_epoch)
@@ -393,10 +484,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     caption = (
         f"all-MiniLM-L6-v2 on {options.examples} TREC questions, {len(dataset.labels)} classes, "
-        f"{seeds} seed(s), {options.tested} {options.part} questions; "
+        f"{options.tested} {options.part} questions; "
         f"embeddings frozen in every row, {weights / 1e6:.1f} M weights can train"
     )
-    print(f"\n{caption}\n\n{make_table(rows)}\n\n{footnotes(rows, task, seeds)}\n")
+    print(f"\n{caption}\n\n{make_table(rows)}\n\n{footnotes(rows, task)}\n")
     save_figure(rows, caption, options.figure)
     print(f"figure: {options.figure}")
     print(f"{time.perf_counter() - started:.0f} s in all")
