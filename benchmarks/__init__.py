@@ -2,6 +2,7 @@
 
 import os
 
-# must be said before torch is loaded: OpenMP threads that spin at every barrier made a training step 7 to 20
-# times slower where other programs wanted the same two cores (5.6 and 6.0 s against 0.3 and 0.8 s)
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# must be said before torch is loaded. OpenMP threads that spin at barriers for milliseconds, the default,
+# made a training step 7 to 20 times slower on two cores that other programs wanted too; threads that never
+# spin make small operations 3 times slower on a quiet machine; a short spin cost nothing in either case
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -143,7 +143,7 @@ class ChildTuningAdamW(MaskedAdamW):
             )
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
-            policy=policy, unselected=unselected or published, **options,
+            policy=policy, unselected=published if unselected is None else unselected, **options,
         )  # fmt: skip
 
 
@@ -235,9 +235,10 @@ class DPSAdamW(MaskedAdamW):
             schedule=Schedule(observe=steps, train=steps, meanwhile="everything"),
             cut="ceil" if release else "exact",
         )
+        published: Unselected = "zero_grad" if release else "frozen"
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
-            policy=policy, unselected=unselected or ("zero_grad" if release else "frozen"), **options,
+            policy=policy, unselected=published if unselected is None else unselected, **options,
         )  # fmt: skip
 
 
@@ -310,12 +311,13 @@ class SecondOrderAdamW(MaskedAdamW):
         policy = TopK(
             density,
             statistic=CurvatureScaledGradient() if curvature else SignedGradient(),
-            scope=scope or ("tensor" if release else "global"),
+            scope=("tensor" if release else "global") if scope is None else scope,
             schedule=Schedule(observe=observe),
         )
+        published: Unselected = "zero_grad" if release else "frozen"
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
-            policy=policy, unselected=unselected or ("zero_grad" if release else "frozen"), **options,
+            policy=policy, unselected=published if unselected is None else unselected, **options,
         )  # fmt: skip
 
 
@@ -393,7 +395,7 @@ class GradDropAdamW(MaskedAdamW):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
             policy=Bernoulli(keep, unit=granularity, every=every, rescale=rescale, layers=layers),
-            unselected=unselected or "zero_grad", **options,
+            unselected="zero_grad" if unselected is None else unselected, **options,
         )  # fmt: skip
 
 
@@ -501,6 +503,8 @@ def param_groups(
         raise ValueError(
             f"method must be None or one of {', '.join(_METHODS)}, got {method!r}; choose one of them."
         )
+    if isinstance(exempt, str):
+        raise TypeError(f"exempt must be a list of regular expressions, got {exempt!r}; write [{exempt!r}].")
     patterns = None if exempt is None else [re.compile(pattern) for pattern in exempt]
 
     def parameters_of(*kinds: type[nn.Module], named: str = "") -> set[int]:

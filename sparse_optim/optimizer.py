@@ -30,7 +30,16 @@ from .backends.reference import (
 )
 from .masks import EVERYTHING, NOTHING, Bits, Indexed, Mask, Seeded
 from .policies import Bernoulli, GradualUnfreezing, Policy, TopK, layer_of
-from .state import CLOCK, SurvivingOptimizer, clean_name, compact_dtype, is_dtensor, make_master, step_dtype
+from .state import (
+    CLOCK,
+    SurvivingOptimizer,
+    clean_name,
+    compact_dtype,
+    is_dtensor,
+    make_master,
+    match_dtype,
+    step_dtype,
+)
 
 Unselected = Literal["frozen", "zero_grad", "track"]
 _UNSELECTED = ("frozen", "zero_grad", "track")
@@ -70,7 +79,7 @@ class MaskedAdamW(SurvivingOptimizer):
         lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`.
         policy: `Bernoulli(...)`, `TopK(...)`, or None for every entry. One per optimizer.
         unselected: "frozen", "zero_grad" or "track".
-        seed: of every random mask, 64 bits.
+        seed: of every random mask, in [0, 2**63).
         backend: "auto", "reference", "native" or "triton".
         state_dtype: dtype of parameter-shaped moments; None follows the parameter, as torch does.
         stochastic_rounding: round bfloat16 parameters with parameter-shaped moments stochastically.
@@ -88,7 +97,7 @@ class MaskedAdamW(SurvivingOptimizer):
         NotImplementedError: for what is not available yet.
 
     State: per parameter `step`, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`) as in torch, plus where needed
-    `indices` or `bits` (the mask), `master`, `age`, `statistic`, `nonfinite`, `key`.
+    `indices` or `bits` (the mask), `master`, `age`, `statistic`, `nonfinite`, `count`, `curvature`, `key`.
 
     Example:
         >>> import torch
@@ -230,10 +239,11 @@ class MaskedAdamW(SurvivingOptimizer):
 
     def _step(self) -> None:
         buckets = self._buckets()
-        if not buckets:
+        if not buckets or self._is_only_for_show(buckets):
             return
+        self._require_new_epoch()
         policy = self.policy
-        observing, selected = False, None
+        observing, selected, spoiled = False, None, ""
         if isinstance(policy, TopK) and not policy.trains_everything:
             observing = self._number("phase") % 2 == 0
             if observing and policy.schedule.observe is None:
@@ -243,12 +253,14 @@ class MaskedAdamW(SurvivingOptimizer):
             self._accumulate([bucket for bucket in buckets if bucket.group["masked"]])
             if policy.schedule.phase(self._number("clock") + 1) % 2 == 1:
                 # found before and applied after the update: an error leaves the weights alone
-                selected = self._selection()
+                selected, spoiled = self._selection()
         if not observing or self._trains_while_observing:
             self._update(buckets, observing)
         if selected is not None:
             self._apply_selection(selected)
         self._advance()
+        if spoiled:
+            warnings.warn(spoiled, stacklevel=4)
 
     def _buckets(self) -> list[_Bucket]:
         """Parameters with gradients, by group, device and dtype. Refuses what cannot be stepped before any
@@ -268,14 +280,32 @@ class MaskedAdamW(SurvivingOptimizer):
                 buckets[kind].grads.append(p.grad)
         if self._uses_keys:
             self._check_keys()
+        return list(buckets.values())
+
+    def _is_only_for_show(self, buckets: list[_Bucket]) -> bool:
+        """Whether torch.distributed.checkpoint makes this step to see the state: then it counts as none.
+
+        No state yet, every lr 0 and every gradient zero. A policy without statistics gets its moments.
+        """
+        if any(isinstance(p, Tensor) for p in self.state) or any(
+            bool(g["lr"] != 0) for g in self.param_groups
+        ):
+            return False
+        if any(bool(grad.any()) for bucket in buckets for grad in bucket.grads):
+            return False
+        mask = NOTHING if isinstance(self.policy, TopK) and not self.policy.trains_everything else EVERYTHING
+        for bucket in buckets:
+            for p in bucket.params:
+                self._start(p, mask, bucket.group["amsgrad"])
+        return True
+
+    def _require_new_epoch(self) -> None:
         by_epoch = isinstance(self.policy, Bernoulli | GradualUnfreezing) and self.policy.every == "epoch"
         if by_epoch and self._number("epoch") == 0:
             raise RuntimeError(
                 "every='epoch' needs optimizer.new_epoch() at the start of every epoch, the first included, "
-                "got no call; "
-                "call it, or give every= a number of steps."
+                "got no call; call it, or give every= a number of steps."
             )
-        return list(buckets.values())
 
     def _accumulate(self, buckets: list[_Bucket]) -> None:
         """p.grad --accumulate_--> statistic."""
@@ -295,14 +325,21 @@ class MaskedAdamW(SurvivingOptimizer):
                     bucket.backend,
                 )
 
-    def _selection(self) -> dict[Tensor, Mask]:
-        """statistic --score--> policy --histogram, compact--> mask, for every parameter that was observed."""
+    def _selection(self) -> tuple[dict[Tensor, Mask], str]:
+        """statistic --score--> policy --histogram, compact--> mask, for every parameter that was observed.
+
+        Also returns what there is to warn of once everything is done.
+        """
         assert isinstance(self.policy, TopK)
         observed = [p for p in self._all_names() if "statistic" in self.state.get(p, {})]
         if not observed:
+            explicit = self.policy.schedule.observe is None
+            remedy = (
+                "call optimizer.observe() after a backward pass first" if explicit else "give them gradients"
+            )
             raise RuntimeError(
                 "step() has nothing to select from: no gradient of a masked parameter was observed; "
-                "call optimizer.observe() after a backward pass first."
+                f"{remedy}."
             )
         statistic = self.policy.statistic
         missing = [p for p in observed if statistic.needs_curvature and "curvature" not in self.state[p]]
@@ -317,14 +354,13 @@ class MaskedAdamW(SurvivingOptimizer):
             as_bits=not self._compact,
         )
         spoiled = [p for p in observed if self.state[p]["nonfinite"]]
+        warning = ""
         if spoiled:
-            warnings.warn(
+            warning = (
                 f"{len(spoiled)} of {len(observed)} observed parameters had non-finite gradient entries, "
-                "which counted as "
-                f"zero; the first is {self._name(spoiled[0])!r}.",
-                stacklevel=4,
+                f"which counted as zero; the first is {self._name(spoiled[0])!r}."
             )
-        return dict(zip(observed, masks, strict=True))
+        return dict(zip(observed, masks, strict=True)), warning
 
     def _apply_selection(self, masks: Mapping[Tensor, Mask]) -> None:
         """Store new masks, carry compact state over to them, and drop the statistics."""
@@ -492,6 +528,7 @@ class MaskedAdamW(SurvivingOptimizer):
                     p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
                 )
             state["exp_avg"], state["exp_avg_sq"] = fresh, fresh.clone()
+        match_dtype(p, state)
         if amsgrad and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         return state
@@ -563,8 +600,13 @@ class MaskedAdamW(SurvivingOptimizer):
         """
         self._require_explicit("select")
         self._follow_swapped_parameters()
-        self._apply_selection(self._selection())
+        if isinstance(self.policy, TopK) and self.policy.trains_everything:
+            return
+        selected, spoiled = self._selection()
+        self._apply_selection(selected)
         self._set_numbers(phase=self._number("phase") // 2 * 2 + 1)
+        if spoiled:
+            warnings.warn(spoiled, stacklevel=3)
 
     def set_count(self, name: str, count: Tensor) -> None:
         """Say how often the entries of a parameter took part since observation began.
@@ -583,6 +625,8 @@ class MaskedAdamW(SurvivingOptimizer):
                 "DPSAdamW(variant='mix') has one."
             )
         self._follow_swapped_parameters()
+        if self.policy.trains_everything:
+            return
         masked = {p for group in self.param_groups if group["masked"] for p in group["params"]}
         known = {own: p for p, own in self._all_names().items() if p in masked}
         p = known.get(clean_name(name)) if self._named else None
@@ -631,6 +675,13 @@ class MaskedAdamW(SurvivingOptimizer):
                     "ranks; "
                     "use SecondOrderAdamW without curvature."
                 )
+        if self.policy.trains_everything:
+            return
+        if self.policy.schedule.observe is not None and self._number("phase") % 2:
+            raise RuntimeError(
+                "observe_curvature() must be called while observing, got a step that trains; "
+                "call it during the first `observe` steps only."
+            )
         self._follow_swapped_parameters()
         self._check_keys()
         params = [p for g in self.param_groups if g["masked"] for p in g["params"] if p.requires_grad]
@@ -653,15 +704,17 @@ class MaskedAdamW(SurvivingOptimizer):
                 products = torch.autograd.grad(product, list(signs), retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise RuntimeError(
-                    "observe_curvature() needs operations that can be differentiated twice, got one that cannot "
+                    "observe_curvature() needs operations that can be differentiated twice, got one that "
+                    "cannot "
                     f"({error}); fused attention is one: load the model with attn_implementation='eager'."
                 ) from error
+        for p, grad in zip(params, grads, strict=True):
+            if grad is not None and "curvature" not in self._start(p):
+                # one that enters the loss linearly has none, and keeps this zero
+                self.state[p]["curvature"] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
         for (p, sign), curved in zip(signs.items(), products, strict=True):
-            state = self._start(p)
-            if "curvature" not in state:
-                state["curvature"] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
             if curved is not None:
-                state["curvature"] += (sign * curved).to(torch.float32)
+                self.state[p]["curvature"] += (sign * curved).to(torch.float32)
         self._set_numbers(draw=draw)
 
     def _signs(self, p: Tensor, draw: int) -> Tensor:
@@ -691,7 +744,7 @@ class MaskedAdamW(SurvivingOptimizer):
         still to be made.
 
         All False before the first update, while a schedule trains nothing, and for a parameter that never had
-        a gradient. Right after an explicit `select()`, the entries that the next update trains.
+        a gradient. A parameter without a gradient in the last update counts as if it had had one.
 
         Raises:
             ValueError: for a tensor that is not a parameter of this optimizer.
@@ -727,6 +780,9 @@ class MaskedAdamW(SurvivingOptimizer):
 
     def _next_mask(self, p: Tensor, group: dict[str, Any]) -> Mask:
         observing = False
+        drawn = isinstance(self.policy, Bernoulli | GradualUnfreezing) and self.policy.every == "epoch"
+        if drawn and self._number("epoch") == 0:
+            return NOTHING
         if isinstance(self.policy, TopK) and not self.policy.trains_everything:
             observing = self._number("phase") % 2 == 0
             moves = self._trains_while_observing
@@ -795,6 +851,23 @@ class MaskedAdamW(SurvivingOptimizer):
             else f"policy={self.policy!r}, unselected={self.unselected!r}"
         )
 
+    def _check_saved_masks(self, final: dict[str, Any], states: list[tuple[Tensor, Any]]) -> None:
+        if not isinstance(self.policy, TopK) or self.policy.trains_everything or not final["param_groups"]:
+            return
+        masked = {p for group in self.param_groups if group["masked"] for p in group["params"]}
+        masks = [state for p, state in states if "indices" in state or "bits" in state]
+        if final["param_groups"][0].get("phase", 0) and not masks:
+            raise ValueError(
+                "saved state must have the masks of a policy that has selected, got none; "
+                "load an unchanged state dict."
+            )
+        for p, state in states:
+            if self._compact and p in masked and "exp_avg" in state and "indices" not in state:
+                raise ValueError(
+                    f"saved state of {self._name(p)!r} must have indices, got {sorted(state)}; "
+                    "load an unchanged state dict of groups with the same masked=."
+                )
+
     def _backend(self, device: torch.device) -> ModuleType:
         switches = self.defaults
         wants_reference = (
@@ -811,12 +884,16 @@ class MaskedAdamW(SurvivingOptimizer):
                 f"parameters must be plain tensors in this version, got a DTensor for {self._name(p)!r}; "
                 "use DistributedDataParallel instead of sharding."
             )
-        if (
-            p.is_complex()
-            and group["masked"]
-            and self.policy is not None
-            and not self.policy.trains_everything
-        ):
+        masked = group["masked"] and self.policy is not None and not self.policy.trains_everything
+        state = self.state.get(p, {})
+        now_dense = not masked and not {"indices", "bits", "statistic"}.isdisjoint(state)
+        now_masked = masked and isinstance(self.policy, TopK) and self._compact
+        if now_dense or (now_masked and "exp_avg" in state and "indices" not in state):
+            raise RuntimeError(
+                f"masked must stay as it was at a parameter's first step, got {group['masked']} for "
+                f"{self._name(p)!r}; construct a new optimizer to change it."
+            )
+        if p.is_complex() and masked:
             raise ValueError(
                 f"a masked parameter must be real, got {p.dtype} for {self._name(p)!r}; "
                 "put it in a group with masked=False."

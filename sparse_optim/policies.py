@@ -141,6 +141,9 @@ class Bernoulli:
     def __post_init__(self) -> None:
         _check_pattern(self.layers)
         _check_fraction("keep", self.keep, "to train nothing, leave the parameters out of the optimizer")
+        object.__setattr__(self, "keep", float(self.keep))
+        if self.keep < 2**-32:
+            raise ValueError(f"keep must be at least 2**-32, got {self.keep!r}; less selects nothing.")
         _check_choice("unit", self.unit, ("entry", "tensor", "layer"))
         if self.layers is not None and self.unit != "layer":
             raise ValueError(
@@ -191,6 +194,7 @@ class TopK:
         _check_fraction(
             "density", self.density, "to train nothing, leave the parameters out of the optimizer"
         )
+        object.__setattr__(self, "density", float(self.density))
         _check_choice("scope", self.scope, ("global", "tensor"))
         _check_choice("cut", self.cut, ("exact", "percentile", "ceil"))
         if not isinstance(self.schedule, Schedule):

@@ -99,6 +99,8 @@ class SurvivingOptimizer(Optimizer):
         """Add a group of parameters; it inherits the optimizer's clock. See `torch.optim.Optimizer`."""
         if isinstance(param_group, dict):
             param_group = self._checked_group(param_group)
+        if self.param_groups:
+            self._follow_swapped_parameters()
         super().add_param_group(param_group)
         self.param_groups[-1].update({name: self.param_groups[0][name] for name in (*CLOCK, "masking")})
         self._remember_parameters()
@@ -160,12 +162,10 @@ class SurvivingOptimizer(Optimizer):
             for key, value in state.items():
                 if isinstance(value, Tensor) and key != "step":
                     state[key] = value.to(new.device)
-            if "indices" in state and "exp_avg" in state and new.dtype != old.dtype:
+            if new.dtype != old.dtype:
+                # the new object's values are what somebody made of the old one's
                 state.pop("master", None)
-                for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                    if key in state:
-                        state[key] = state[key].to(compact_dtype(new))
-                make_master(new, state)
+            match_dtype(new, state)
             self.state[new] = state
         self._remember_parameters()
 
@@ -194,7 +194,17 @@ class SurvivingOptimizer(Optimizer):
                         f"the saved masking must be this optimizer's ({self._masking()}), got ({masking}); "
                         "construct the optimizer as it was when saved."
                     )
-            self._check_saved_shapes(final)
+                misfits = [name for name in CLOCK if not isinstance(saved.get(name, 0), int)]
+                if misfits:
+                    raise ValueError(
+                        f"saved {misfits[0]} must be an integer, got {saved[misfits[0]]!r}; load an "
+                        "unchanged state dict."
+                    )
+            pairs = self._saved_states(final)
+            for p, state in pairs:
+                if state:
+                    check_saved_state(self._name(p), p, state)
+            self._check_saved_masks(final, pairs)
             self._loading = final
 
         handle = self.register_load_state_dict_pre_hook(capture)
@@ -206,6 +216,7 @@ class SurvivingOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks, as torch has it, and what the constructor was given."""
+        self._follow_swapped_parameters()
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._configuration}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -229,28 +240,81 @@ class SurvivingOptimizer(Optimizer):
         self._remember_parameters()
 
     def _restore_dtypes(self, final: dict[str, Any]) -> None:
-        saved = [number for group in final["param_groups"] for number in group["params"]]
-        current = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(saved, current, strict=True):
-            for key, value in final["state"].get(number, {}).items():
+        for p, state in self._saved_states(final):
+            for key, value in state.items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.to("cpu" if key == "step" else p.device)
 
-    def _check_saved_shapes(self, final: dict[str, Any]) -> None:
+    def _saved_states(self, final: dict[str, Any]) -> list[tuple[Tensor, Any]]:
+        """Every parameter with its saved state; a wrong number of them is refused by torch, in its own
+        words.
+        """
         saved = [number for group in final["param_groups"] for number in group["params"]]
         current = [p for group in self.param_groups for p in group["params"]]
-        # another number of parameters is refused by torch, in its own words
-        for number, p in zip(saved, current, strict=False):
-            state = final["state"].get(number, {})
-            for key, value in state.items():
-                shape = state["indices"].shape if "indices" in state and key != "statistic" else p.shape
-                per_entry = key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age", "statistic")
-                if per_entry and value.shape != shape:
-                    raise ValueError(
-                        f"saved {key} of {self._name(p)!r} must have shape {tuple(shape)}, got "
-                        f"{tuple(value.shape)}; "
-                        "load the state dict of a model with the same shapes."
-                    )
+        return [(p, final["state"].get(number, {})) for number, p in zip(saved, current, strict=False)]
+
+    def _check_saved_masks(self, final: dict[str, Any], states: list[tuple[Tensor, Any]]) -> None:
+        """Refuse a saved state that lacks the masks it was trained with."""
+
+
+_PER_ENTRY = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age", "statistic", "curvature")
+
+
+def check_saved_state(name: str, p: Tensor, state: Any) -> None:
+    """Refuse a parameter's saved state that could not be stepped with, before anything is changed."""
+
+    def need(holds: bool, what: str, got: object) -> None:
+        if not holds:
+            raise ValueError(
+                f"saved state of {name!r} must have {what}, got {got}; load an unchanged state dict of the "
+                "same model."
+            )
+
+    need(isinstance(state, dict), "a dict for each parameter", type(state).__name__)
+    need("step" in state, "a step", sorted(state))
+    step = state["step"]
+    need(
+        isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1),
+        "one number as step",
+        step,
+    )
+    for pair in (("exp_avg", "exp_avg_sq"), ("statistic", "nonfinite")):
+        need((pair[0] in state) == (pair[1] in state), f"{pair[0]} and {pair[1]} together", sorted(state))
+    for key in (*_PER_ENTRY, "indices", "bits", "nonfinite"):
+        if key in state:
+            need(isinstance(state[key], Tensor), f"a tensor as {key}", type(state[key]).__name__)
+    if "indices" in state:
+        indices = state["indices"]
+        whole = indices.dtype in (torch.int32, torch.int64) and indices.dim() == 1
+        need(whole, "flat integers as indices", f"{indices.dtype} of shape {tuple(indices.shape)}")
+        ascending = bool((indices[1:] > indices[:-1]).all())
+        inside = not indices.numel() or (int(indices[0]) >= 0 and int(indices[-1]) < p.numel())
+        need(ascending and inside, f"ascending indices below {p.numel()}", indices[:8].tolist())
+    if "bits" in state:
+        size = -(-p.numel() // 32) * 4
+        fits = state["bits"].dtype == torch.uint8 and tuple(state["bits"].shape) == (size,)
+        need(fits, f"{size} bytes as bits", f"{state['bits'].dtype} of shape {tuple(state['bits'].shape)}")
+    for key in _PER_ENTRY:
+        if key in state:
+            compact = "indices" in state and key not in ("statistic", "curvature")
+            shape = state["indices"].shape if compact else p.shape
+            need(state[key].shape == shape, f"{key} of shape {tuple(shape)}", tuple(state[key].shape))
+            number = state[key].is_floating_point() or state[key].is_complex() or key == "age"
+            need(number, f"floating numbers as {key}", state[key].dtype)
+
+
+def match_dtype(p: Tensor, state: dict[str, Any]) -> None:
+    """Fit compact state to a parameter whose dtype has changed; a master starts from the parameter."""
+    if "indices" not in state or "exp_avg" not in state:
+        return
+    if state["exp_avg"].dtype != compact_dtype(p):
+        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            if key in state:
+                state[key] = state[key].to(compact_dtype(p))
+    if p.dtype == compact_dtype(p):
+        state.pop("master", None)
+    elif "master" not in state:
+        make_master(p, state)
 
 
 def make_master(p: Tensor, state: dict[str, Any]) -> None:

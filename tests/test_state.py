@@ -813,3 +813,140 @@ def test_storage_of_state_is_no_larger_than_its_tensors():
         optimizer.step()
     for key, value in optimizer.state[p].items():
         assert value.untyped_storage().nbytes() <= max(8, math.prod(value.shape) * value.element_size()), key
+
+
+# --- what checkpointing and editing do in between -----------------------------------------------------------
+
+
+def gradients(module):
+    for i, p in enumerate(module.parameters()):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [None, Bernoulli(0.5), TopK(0.5, schedule=Schedule(observe=1)), TopK(0.5)],
+    ids=["no_policy", "drawn", "observing", "explicit"],
+)
+def test_the_step_that_checkpointing_makes_to_see_the_state_counts_as_none(policy):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    results = []
+    for looked_at in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(6, 5)
+        optimizer = MaskedAdamW(net.named_parameters(), lr=0.1, policy=policy)
+        if looked_at:
+            get_optimizer_state_dict(net, optimizer)
+            assert optimizer.param_groups[0]["clock"] == 0
+            assert not any("statistic" in state for state in optimizer.state.values())
+        for _ in range(3):
+            gradients(net)
+            if policy == TopK(0.5):
+                optimizer.observe()
+            optimizer.step()
+        results.append([p.detach().clone() for p in net.parameters()])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("between", ["add_param_group", "deepcopy", "pickle"])
+def test_a_swapped_parameter_keeps_its_state_whatever_comes_before_the_next_step(between):
+    net = nn.Linear(3, 2)
+    optimizer = MaskedAdamW(net.parameters(), lr=0.1)
+    gradients(net)
+    optimizer.step()
+    new = nn.Parameter(net.weight.detach().clone())
+    optimizer.param_groups[0]["params"][0] = new
+    if between == "add_param_group":
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    else:
+        optimizer = (
+            copy.deepcopy(optimizer) if between == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+        )
+        new = optimizer.param_groups[0]["params"][0]
+    new.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert float(optimizer.state[new]["step"]) == 2
+    optimizer.state_dict()
+
+
+HOSTILE = {
+    "no_step": lambda s: s.pop("step"),
+    "no_second_moment": lambda s: s.pop("exp_avg_sq"),
+    "no_moments": lambda s: [s.pop(k) for k in ("exp_avg", "exp_avg_sq", "indices")],
+    "indices_too_high": lambda s: s.update(indices=s["indices"] + 1000),
+    "indices_negative": lambda s: s.update(indices=s["indices"] - 1000),
+    "indices_unsorted": lambda s: s.update(indices=s["indices"].flip(0)),
+    "indices_float": lambda s: s.update(indices=s["indices"].float()),
+    "integer_moments": lambda s: s.update(exp_avg=s["exp_avg"].long()),
+    "a_list_for_a_tensor": lambda s: s.update(exp_avg=s["exp_avg"].tolist()),
+    "three_steps": lambda s: s.update(step=torch.ones(3)),
+    "short_moments": lambda s: s.update(exp_avg=s["exp_avg"][:1]),
+}
+
+
+@pytest.mark.parametrize("damage", HOSTILE)
+def test_a_damaged_state_dict_is_refused_and_changes_nothing(damage):
+    net = nn.Linear(6, 5, bias=False)
+    optimizer = MaskedAdamW(net.parameters(), lr=0.1, policy=TopK(0.5, schedule=Schedule(observe=1)))
+    for _ in range(3):
+        gradients(net)
+        optimizer.step()
+    damaged = copy.deepcopy(optimizer.state_dict())
+    HOSTILE[damage](damaged["state"][0])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="must have .*got .*; load an unchanged state dict"):
+        optimizer.load_state_dict(damaged)
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for key, value in before["state"][0].items():
+        assert torch.equal(value, after["state"][0][key])
+
+
+def test_bits_and_masks_that_are_missing_or_damaged_are_refused():
+    net = nn.Linear(6, 5, bias=False)
+    policy = TopK(0.5, schedule=Schedule(observe=1))
+    optimizer = MaskedAdamW(net.parameters(), lr=0.1, policy=policy, unselected="zero_grad")
+    for _ in range(2):
+        gradients(net)
+        optimizer.step()
+    for damage in (
+        lambda s: s.clear(),
+        lambda s: s[0].update(bits=s[0]["bits"][:1]),
+        lambda s: s[0].pop("bits"),
+    ):
+        damaged = copy.deepcopy(optimizer.state_dict())
+        damage(damaged["state"])
+        with pytest.raises(ValueError, match="load an unchanged state dict"):
+            optimizer.load_state_dict(damaged)
+
+
+def test_masked_cannot_change_under_state_that_depends_on_it():
+    for start, steps in ((False, 3), (True, 3), (True, 1)):
+        net = nn.Linear(6, 5)
+        groups = [{"params": [net.weight]}, {"params": [net.bias], "masked": start}]
+        optimizer = MaskedAdamW(groups, lr=0.1, policy=TopK(0.5, schedule=Schedule(observe=2)))
+        for _ in range(steps):
+            gradients(net)
+            optimizer.step()
+        optimizer.param_groups[1]["masked"] = not start
+        before = [p.detach().clone() for p in net.parameters()]
+        gradients(net)
+        with pytest.raises(RuntimeError, match="masked must stay as it was"):
+            optimizer.step()
+        assert all(map(torch.equal, before, net.parameters()))
+
+
+@pytest.mark.parametrize(("first", "then"), [(torch.float32, torch.float64), (torch.float32, torch.bfloat16)])
+def test_compact_state_follows_a_model_that_changes_dtype_in_place(first, then):
+    net = nn.Linear(6, 5).to(first)
+    optimizer = MaskedAdamW(net.parameters(), lr=0.1, policy=TopK(0.5, schedule=Schedule(observe=1)))
+    for dtype in (first, first, then, then):
+        net.to(dtype)
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for p in net.parameters():
+        state = optimizer.state[p]
+        assert ("master" in state) == (then == torch.bfloat16)
+        assert state["exp_avg"].dtype == (torch.float64 if then == torch.float64 else torch.float32)
