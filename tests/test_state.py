@@ -895,7 +895,7 @@ def test_a_damaged_state_dict_is_refused_and_changes_nothing(damage):
     damaged = copy.deepcopy(optimizer.state_dict())
     HOSTILE[damage](damaged["state"][0])
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match="must have .*got .*; load an unchanged state dict"):
+    with pytest.raises(ValueError, match=r"must have .*got .*; load an unchanged state dict"):
         optimizer.load_state_dict(damaged)
     after = optimizer.state_dict()
     assert before["param_groups"] == after["param_groups"]
