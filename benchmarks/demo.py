@@ -423,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--examples", type=int, default=200, help="training questions per seed")
+    parser.add_argument("--examples", type=int, default=240, help="training questions per seed")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--tested", type=int, default=500, help="held-out questions")
     parser.add_argument("--part", choices=("test", "validation"), default="test")
@@ -431,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this")
     # shared machines can be five times slower at times, and a demo that takes ten minutes is closed
     parser.add_argument(
-        "--time-limit", type=float, default=260.0, help="seconds in which a further seed has to end"
+        "--time-limit", type=float, default=240.0, help="seconds in which a further seed has to end"
     )
     parser.add_argument("--figure", type=Path, default=FIGURE)
     parser.add_argument(
