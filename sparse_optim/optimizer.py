@@ -364,6 +364,7 @@ class MaskedAdamW(SurvivingOptimizer):
 
     def _apply_selection(self, masks: Mapping[Tensor, Mask]) -> None:
         """Store new masks, carry compact state over to them, and drop the statistics."""
+        lists: dict[Tensor, Tensor] = {}
         for p, mask in masks.items():
             state = self.state[p]
             for key in ("statistic", "nonfinite", "count", "curvature"):
@@ -371,9 +372,7 @@ class MaskedAdamW(SurvivingOptimizer):
             if isinstance(mask, Bits):
                 state["bits"] = mask.bits
             elif isinstance(mask, Indexed):
-                if "exp_avg" in state:
-                    self._remap(p, state, mask.indices)
-                state["indices"] = mask.indices
+                lists[p] = mask.indices
         for p, state in self.state.items():
             # not observed this time: nothing of it is selected any more (users may keep notes under other
             # keys)
@@ -381,19 +380,28 @@ class MaskedAdamW(SurvivingOptimizer):
                 if "bits" in state:
                     state["bits"] = torch.zeros_like(state["bits"])
                 elif "indices" in state:
-                    nothing = state["indices"][:0]
-                    if "exp_avg" in state:
-                        self._remap(p, state, nothing)
-                    state["indices"] = nothing
+                    lists[p] = state["indices"][:0]
+        self._remap([p for p in lists if "exp_avg" in self.state[p]], lists)
+        for p, indices in lists.items():
+            self.state[p]["indices"] = indices
 
-    def _remap(self, p: Tensor, state: dict[str, Any], indices: Tensor) -> None:
-        if "age" not in state:
-            state["age"] = torch.full_like(state["indices"], int(state["step"]), dtype=torch.int32)
-        compact = [
-            key for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age") if key in state
-        ]
-        carried = self._backend(p.device).remap_(state["indices"], indices, [state[key] for key in compact])
-        state.update(zip(compact, carried, strict=True))
+    def _remap(self, params: list[Tensor], lists: Mapping[Tensor, Tensor]) -> None:
+        for device in dict.fromkeys(p.device for p in params):
+            here = [p for p in params if p.device == device]
+            states = [self.state[p] for p in here]
+            for state in states:
+                if "age" not in state:
+                    step = int(state["step"])
+                    state["age"] = torch.full_like(state["indices"], step, dtype=torch.int32)
+            names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age")
+            compact = [[name for name in names if name in state] for state in states]
+            carried = self._backend(device).remap_(
+                [state["indices"] for state in states],
+                [lists[p] for p in here],
+                [[state[key] for key in keys] for state, keys in zip(states, compact, strict=True)],
+            )
+            for state, keys, values in zip(states, compact, carried, strict=True):
+                state.update(zip(keys, values, strict=True))
 
     def _update(self, buckets: list[_Bucket], observing: bool) -> None:
         """mask --adamw_--> p, exp_avg, exp_avg_sq: one call per bucket and kind of mask."""

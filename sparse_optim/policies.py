@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .backends.reference import EVERY_TIE, SELECT_NOTHING, Cut, Geometry, key_bits
+from .backends.reference import BEYOND_ALL_KEYS, EVERY_TIE, FIRST_WIDTH, Cuts, Geometry, key_bits
 from .masks import Bits, Indexed, Mask, Seeded
 from .scores import SquaredGradient, Statistic
 
@@ -218,6 +218,7 @@ class TopK:
         as_bits: bool,
         geometries: Sequence[Geometry] | None = None,
         reduce: Reduce = lambda counts: counts,
+        first_counts: Tensor | None = None,
     ) -> list[Mask]:
         """The masks of the selected entries, by radix histograms: no sort, and no copy of the scores.
 
@@ -225,12 +226,14 @@ class TopK:
             statistics: one tensor per parameter, in the order that breaks ties.
             as_bits: `Bits` rather than `Indexed` masks.
             reduce: sums int64 counts over ranks.
+            first_counts: what `accumulate_` counted of these very statistics, int64 [rows, 2048]; None counts
+                here.
 
         Raises:
             RuntimeError: when fewer finite scores than k are left, or a global k is 0.
         """
         selection = _Selection(statistics, backend, self.statistic.absolute, self.scope, geometries, reduce)
-        cuts = selection.cuts(self.density, self.cut)
+        cuts = selection.cuts(self.density, self.cut, first_counts)
         masks = backend.compact(
             statistics, cuts=cuts, as_bits=as_bits, absolute=self.statistic.absolute, geometries=geometries
         )
@@ -294,7 +297,8 @@ Policy = Bernoulli | TopK | GradualUnfreezing
 class _Selection:
     """One exact selection: rounds of histograms that narrow the threshold of each row of counts.
 
-    A row is the whole model in global scope, and one tensor in tensor scope.
+    A row is the whole model in global scope, and one tensor in tensor scope. All rows go through a round
+    together and stay where the scores are; the host reads five numbers a row, once, after the last round.
     """
 
     statistics: Sequence[Tensor]
@@ -304,50 +308,44 @@ class _Selection:
     geometries: Sequence[Geometry] | None
     reduce: Reduce
 
-    def cuts(self, density: float, cut: str) -> list[Cut]:
+    def cuts(self, density: float, cut: str, first_counts: Tensor | None) -> Cuts:
         per_tensor = self.scope == "tensor"
-        rows = len(self.statistics) if per_tensor else 1
+        tensors = len(self.statistics)
         bits = max((key_bits(s) for s in self.statistics), default=32)
-        prefixes, wanted = [0] * rows, [0] * rows
-        above = [0] * rows  # keys above the prefix so far
+        device = self.statistics[0].device if tensors else torch.device("cpu")
+        prefixes = torch.zeros(tensors if per_tensor else 1, dtype=torch.int64, device=device)
+        above = torch.zeros_like(prefixes)  # keys above the prefix so far
+        finite = total = wanted = tied = prefixes
         for number, (width, shift) in enumerate(_rounds(bits)):
-            counts = self._count(
-                prefixes, shift=shift, width=width, per_tensor=per_tensor, totals=number == 0
-            )
             if number == 0:
-                wanted = [self._wanted(density, cut, int(row[:-1].sum()), int(row[-1])) for row in counts]
+                counts = self._first_counts(width, shift, prefixes, first_counts)
+                finite, total = counts[:, :-1].sum(1), counts[:, -1]
+                wanted = _wanted(density, cut, finite, total)
                 counts = counts[:, :-1]
-            for row in range(rows):
-                digit, passed = _descend(counts[row], wanted[row] - above[row])
-                prefixes[row] = prefixes[row] << width | digit
-                above[row] += passed
-        # the last round's bin holds the entries whose key is the threshold
-        tied = [int(counts[row][prefixes[row] % (1 << width)]) for row in range(rows)]
-        cuts = []
-        for row in range(rows):
-            missing = wanted[row] - above[row]
-            if wanted[row] == 0:
-                cuts.append([SELECT_NOTHING] * (1 if per_tensor else len(self.statistics)))
-            elif cut != "exact" or missing == tied[row]:
-                cuts.append([Cut(prefixes[row], EVERY_TIE)] * (1 if per_tensor else len(self.statistics)))
             else:
-                cuts.append(
-                    self._cut_ties(
-                        [row] if per_tensor else range(len(self.statistics)), prefixes[row], missing
-                    )
-                )
-        return [cut for row_cuts in cuts for cut in row_cuts]
+                counts = self._count(range(tensors), prefixes, shift=shift, width=width, rows=len(prefixes))
+            digits, passed = _descend(counts, wanted - above)
+            # in the last round, the entries whose key is the threshold
+            tied = counts.gather(1, digits.unsqueeze(1)).squeeze(1)
+            prefixes, above = prefixes << width | digits, above + passed
+        missing = wanted - above
+        facts = torch.stack([finite, total, wanted, missing, tied]).T.tolist()
+        for row_finite, row_total, row_wanted, _, _ in facts:
+            self._check(density, row_finite, row_total, row_wanted)
+        keys = torch.where(wanted == 0, BEYOND_ALL_KEYS, prefixes)
+        last_ties = torch.full_like(keys, EVERY_TIE).expand(tensors).clone()
+        split = [
+            row
+            for row, (_, _, row_wanted, row_missing, row_tied) in enumerate(facts)
+            if cut == "exact" and row_wanted and row_missing < row_tied
+        ]
+        if split and per_tensor:
+            last_ties[split] = self._cut_ties(split, keys[split], missing[split])
+        elif split:
+            self._cut_ties_across_tensors(keys, facts[0][3], last_ties)
+        return Cuts(keys.expand(tensors), last_ties)
 
-    def _wanted(self, density: float, cut: str, finite: int, total: int) -> int:
-        """How many entries a row selects."""
-        if cut == "percentile":
-            # the percentile lies between two neighbours in the order: entries from the upper one on pass, or
-            # from the lower one on where the double that says how far it lies between them is nothing but
-            # rounding
-            place = max(finite - 1, 0) * ((1 - density) * 100 / 100)
-            lower = math.floor(place)
-            return finite - (lower if place - lower <= place * 2**-50 else lower + 1)
-        wanted = math.ceil(density * total) if cut == "ceil" else int(density * total)
+    def _check(self, density: float, finite: int, total: int, wanted: int) -> None:
         if wanted == 0 and self.scope == "global":
             raise RuntimeError(
                 f"density must select at least one of the {total} observed entries, got {density!r}; raise "
@@ -356,67 +354,85 @@ class _Selection:
         if wanted > finite:
             raise RuntimeError(
                 f"density {density!r} needs {wanted} finite scores, got {finite} of {total}; observe finite "
-                "gradients, "
-                "or lower the density."
+                "gradients, or lower the density."
             )
-        return wanted
+
+    def _first_counts(self, width: int, shift: int, prefixes: Tensor, counts: Tensor | None) -> Tensor:
+        """Counts of the first round, and in a last column the number of entries, finite or not."""
+        if counts is None:
+            counts = self.backend.histogram(
+                self.statistics,
+                shift=shift,
+                width=width,
+                prefixes=prefixes.expand(len(self.statistics)),
+                per_tensor=self.scope == "tensor",
+                absolute=self.absolute,
+            )
+        numels = torch.tensor([score.numel() for score in self.statistics], device=counts.device)
+        numels = numels.long() if self.scope == "tensor" else numels.long().sum(0, keepdim=True)
+        return self.reduce(torch.cat([counts, numels.unsqueeze(1)], dim=1))
 
     def _count(
         self,
-        prefixes: Sequence[int],
+        tensors: Sequence[int],
+        prefixes: Tensor,
         *,
         shift: int,
         width: int,
-        per_tensor: bool,
-        tensors: Sequence[int] | None = None,
-        tie: int | None = None,
-        totals: bool = False,
+        rows: int,
+        ties: Tensor | None = None,
     ) -> Tensor:
-        """Counts summed over ranks; with `totals`, a last column holds the number of entries, finite or
-        not.
-        """
-        chosen = range(len(self.statistics)) if tensors is None else tensors
-        scores = [self.statistics[i] for i in chosen]
+        """Counts summed over ranks: a row for each of these tensors, or one for all."""
         counts: Tensor = self.backend.histogram(
-            scores,
+            [self.statistics[i] for i in tensors],
             shift=shift,
             width=width,
-            prefixes=prefixes if len(prefixes) == len(scores) else list(prefixes) * len(scores),
-            per_tensor=per_tensor,
+            prefixes=prefixes.expand(len(tensors)),
+            per_tensor=rows == len(tensors),
             absolute=self.absolute,
-            ties=None if tie is None else [tie] * len(scores),
-            geometries=None if self.geometries is None else [self.geometries[i] for i in chosen],
+            ties=None if ties is None else ties.expand(len(tensors)),
+            geometries=None if self.geometries is None else [self.geometries[i] for i in tensors],
         )
-        if totals:
-            numels = torch.tensor([score.numel() for score in scores], device=counts.device)
-            numels = numels if per_tensor else numels.sum(0, keepdim=True)
-            counts = torch.cat([counts, numels.unsqueeze(1)], dim=1)
-        return self.reduce(counts).cpu()
+        return self.reduce(counts)
 
-    def _cut_ties(self, tensors: Sequence[int], key: int, missing: int) -> list[Cut]:
-        """Of the entries equal to the threshold, take those with the lowest (tensor, global index)."""
-        ties = self._count([0], shift=_INDEX_BITS, width=0, per_tensor=True, tensors=tensors, tie=key)[
-            :, 0
-        ].tolist()
-        cuts = []
-        for tensor, count in zip(tensors, ties, strict=True):
-            if missing >= count:
-                last = EVERY_TIE
-            elif missing == 0:
-                last = -1
-            else:
-                last, before = 0, 0
-                for width, shift in _rounds(_INDEX_BITS):
-                    counts = self._count(
-                        [last], shift=shift, width=width, per_tensor=True, tensors=[tensor], tie=key
-                    )
-                    # ascending, hence from the other end
-                    digit, passed = _descend(counts[0].flip(0), missing - before)
-                    last = last << width | (1 << width) - 1 - digit
-                    before += passed
+    def _cut_ties(self, tensors: Sequence[int], keys: Tensor, missing: Tensor) -> Tensor:
+        """Of each tensor's entries equal to its threshold take the `missing` lowest: the last global
+        index.
+        """
+        last, before = torch.zeros_like(missing), torch.zeros_like(missing)
+        for width, shift in _rounds(_INDEX_BITS):
+            counts = self._count(tensors, last, shift=shift, width=width, rows=len(tensors), ties=keys)
+            # ascending, hence from the other end
+            digits, passed = _descend(counts.flip(1), missing - before)
+            last = last << width | (1 << width) - 1 - digits
+            before += passed
+        return last
+
+    def _cut_ties_across_tensors(self, key: Tensor, missing: int, last_ties: Tensor) -> None:
+        """Of all entries equal to one threshold take those with the lowest (tensor, global index)."""
+        everywhere = range(len(last_ties))
+        ties = self._count(
+            everywhere, torch.zeros_like(key), shift=_INDEX_BITS, width=0, rows=len(last_ties), ties=key
+        )
+        for tensor, count in enumerate(ties[:, 0].tolist()):
+            if missing == 0:
+                last_ties[tensor] = -1
+            elif missing < count:
+                last_ties[tensor] = self._cut_ties([tensor], key, torch.full_like(key, missing))[0]
             missing -= min(missing, count)
-            cuts.append(Cut(key, last))
-        return cuts
+
+
+def _wanted(density: float, cut: str, finite: Tensor, total: Tensor) -> Tensor:
+    """How many entries each row selects, in double arithmetic."""
+    if cut == "percentile":
+        # the percentile lies between two neighbours in the order: entries from the upper one on pass, or
+        # from the lower one on where the double that says how far it lies between them is nothing but
+        # rounding
+        place = (finite - 1).clamp(min=0).double() * ((1 - density) * 100 / 100)
+        lower = place.floor()
+        return finite - torch.where(place - lower <= place * 2**-50, lower, lower + 1).long()
+    wanted = total.double() * density
+    return (wanted.ceil() if cut == "ceil" else wanted).long()
 
 
 _INDEX_BITS = 44  # 2**44 entries in one tensor
@@ -426,16 +442,17 @@ def _rounds(bits: int) -> list[tuple[int, int]]:
     """(width, shift) of radix rounds of at most 11 bits, highest bits first: 11 + 11 + 10 for 32."""
     rounds = []
     while bits > 0:
-        width = min(11, bits)
+        width = min(FIRST_WIDTH, bits)
         bits -= width
         rounds.append((width, bits))
     return rounds
 
 
-def _descend(counts: Tensor, wanted: int) -> tuple[int, int]:
-    """From the highest bin down, the bin that holds the `wanted`-th entry, and how many entries lie above
-    it.
+def _descend(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """In each row, from the highest bin down, the bin that holds the `wanted`-th entry, and how many lie
+    above it.
     """
-    reached = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(reached, reached.new_tensor(max(wanted, 1))).clamp(max=counts.numel() - 1))
-    return counts.numel() - 1 - place, int(reached[place - 1]) if place else 0
+    reached = counts.flip(1).cumsum(1)
+    places = torch.searchsorted(reached, wanted.clamp(min=1).unsqueeze(1)).clamp(max=counts.shape[1] - 1)
+    passed = torch.where(places > 0, reached.gather(1, (places - 1).clamp(min=0)), 0)
+    return counts.shape[1] - 1 - places.squeeze(1), passed.squeeze(1)

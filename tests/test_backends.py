@@ -21,12 +21,12 @@ import torch
 from sparse_optim import backends
 from sparse_optim.backends import reference
 from sparse_optim.backends.reference import (
+    BEYOND_ALL_KEYS,
     EVERY_TIE,
     MASK_DRAWS,
-    SELECT_NOTHING,
     STATISTIC_ROUNDING_DRAWS,
     WEIGHT_ROUNDING_DRAWS,
-    Cut,
+    Cuts,
     Draws,
     purpose_draw,
 )
@@ -256,10 +256,16 @@ def sort_keys(scores, absolute=False):
     return keys >> (16 if scores.dtype == BF16 else 0), np.isfinite(values)
 
 
+def as_cuts(rows):
+    """(key, last tie) of each tensor in the form in which backends take them."""
+    return Cuts(torch.tensor([key for key, _ in rows]), torch.tensor([last for _, last in rows]))
+
+
 def above(scores, cut, geometry):
+    key, last_tie = cut
     keys, finite = sort_keys(scores)
-    tied = (keys == cut.key) & (global_indices(keys.size, geometry) <= cut.last_tie)
-    return finite & ((keys > cut.key) | tied)
+    tied = (keys == key) & (global_indices(keys.size, geometry) <= last_tie)
+    return finite & ((keys > key) | tied)
 
 
 # --- adamw_ -----------------------------------------------------------------------------------------------
@@ -342,9 +348,9 @@ def make_selection(rng, form, numels):
         tie = int(sort_keys(torch.ones(1, dtype=dtype))[0][0])
         last = [EVERY_TIE, -1, int(global_indices(n, geometries[i])[n // 2]) if n else 0][i % 3]
         scores.append(score.to(dtype))
-        cuts.append(SELECT_NOTHING if i == 4 else Cut(tie, last))
+        cuts.append((BEYOND_ALL_KEYS, -1) if i == 4 else (tie, last))
     masks = [above(*row) for row in zip(scores, cuts, geometries, strict=True)]
-    return {"scores": scores, "cuts": cuts, "geometries": geometries}, masks
+    return {"scores": scores, "cuts": as_cuts(cuts), "geometries": geometries}, masks
 
 
 def check_adamw(backend, dtypes, mask, flags, *, updates=3):
@@ -1339,7 +1345,12 @@ def check_histogram(backend, dtype, absolute, per_tensor):
     for shift, width in ((bits - 11, 11), (bits - 4, 4), (3, 8), (0, 5)):
         prefixes = [int(keys[keys.size // 2]) >> shift + width if keys.size else 0 for keys, _ in ranked]
         got = backend.histogram(
-            scores, shift=shift, width=width, prefixes=prefixes, per_tensor=per_tensor, absolute=absolute
+            scores,
+            shift=shift,
+            width=width,
+            prefixes=torch.tensor(prefixes),
+            per_tensor=per_tensor,
+            absolute=absolute,
         )
         rows = []
         for (keys, finite), prefix in zip(ranked, prefixes, strict=True):
@@ -1354,10 +1365,10 @@ def check_histogram(backend, dtype, absolute, per_tensor):
             scores,
             shift=shift,
             width=width,
-            prefixes=[prefix] * len(scores),
+            prefixes=torch.tensor([prefix] * len(scores)),
             per_tensor=per_tensor,
             absolute=absolute,
-            ties=[tie] * len(scores),
+            ties=torch.tensor([tie] * len(scores)),
             geometries=geometries,
         )
         rows = []
@@ -1383,14 +1394,14 @@ def check_compact(backend, dtype, absolute):
     zero, one = (int(sort_keys(torch.full((1,), x, dtype=dtype))[0][0]) for x in (0.0, 1.0))
     lasts = [EVERY_TIE, -1, 40, 300]
     for key in (zero, one):
-        cuts = [SELECT_NOTHING if i == 3 else Cut(key, lasts[i % 4]) for i in range(len(scores))]
+        cuts = [(BEYOND_ALL_KEYS, -1) if i == 3 else (key, lasts[i % 4]) for i in range(len(scores))]
         expected = [
             above(s.abs() if absolute else s, *row) for s, *row in zip(scores, cuts, geometries, strict=True)
         ]
         assert sum(mask.sum() for mask in expected) > 100
         for as_bits in (False, True):
             masks = backend.compact(
-                scores, cuts=cuts, as_bits=as_bits, absolute=absolute, geometries=geometries
+                scores, cuts=as_cuts(cuts), as_bits=as_bits, absolute=absolute, geometries=geometries
             )
             got = flat_masks([Bits(m) if as_bits else Indexed(m) for m in masks], [s.numel() for s in scores])
             for mine, right in zip(got, expected, strict=True):
@@ -1515,7 +1526,8 @@ def check_remap(backend, old, new):
         plant(state, np.arange(0, old.numel(), 2))
     states.append(torch.arange(1, old.numel() + 1, dtype=torch.int32))
     before = [state.clone() for state in states]
-    results = backend.remap_(old, new, states)
+    results, nothing = backend.remap_([old, old[:0]], [new, new[:0]], [states, []])
+    assert nothing == []
     place = {entry: i for i, entry in enumerate(old.tolist())}
     for state, was, result in zip(states, before, results, strict=True):
         assert_same_bits(state, was, "old state")
@@ -1954,9 +1966,12 @@ def forgets_the_magnitude(wrong):
 
 
 def starts_newcomers_with_a_neighbours_value(wrong):
-    def remap_(old, new, states):
-        place = torch.searchsorted(old, new).clamp_(max=max(old.numel() - 1, 0))
-        return [state[place] for state in states]
+    def remap_(olds, news, states):
+        places = [
+            torch.searchsorted(old, new).clamp_(max=max(old.numel() - 1, 0))
+            for old, new in zip(olds, news, strict=True)
+        ]
+        return [[s[place] for s in columns] for place, columns in zip(places, states, strict=True)]
 
     wrong.remap_ = remap_
 

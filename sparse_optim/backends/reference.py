@@ -45,17 +45,17 @@ class Draws(NamedTuple):
     one_word: bool = False  # the word of entry 0 decides for the whole tensor
 
 
-class Cut(NamedTuple):
-    """An exact threshold: selected are sort keys above `key`, and those equal to it up to global index
-    `last_tie`.
+class Cuts(NamedTuple):
+    """Exact thresholds, one per tensor: selected are sort keys above `keys`, and those equal to it up to the
+    global index `last_ties`. Both int64 [tensors], where the scores are.
     """
 
-    key: int
-    last_tie: int
+    keys: Tensor
+    last_ties: Tensor
 
 
 EVERY_TIE = _LAST_INDEX
-SELECT_NOTHING = Cut(1 << 32, -1)
+BEYOND_ALL_KEYS = 1 << 32  # a threshold that selects nothing
 
 
 def whole(tensor: Tensor) -> Geometry:
@@ -196,7 +196,7 @@ def _selected(
     bits: Sequence[Tensor] | None,
     seeded: Draws | None,
     scores: Sequence[Tensor] | None,
-    cuts: Sequence[Cut] | None,
+    cuts: Cuts | None,
 ) -> Tensor | None:
     """The mask of the i-th tensor in the parameter's shape, or None for everything."""
     geometry = whole(param) if geometries is None else geometries[i]
@@ -205,7 +205,7 @@ def _selected(
     if seeded is not None:
         return seeded_mask(seeded, i, param.numel(), geometry, param.device).view(param.shape)
     if scores is not None and cuts is not None:
-        return _above_cut(scores[i], cuts[i], geometry, absolute=False).view(param.shape)
+        return _above_cut(scores[i], cuts, i, geometry, absolute=False).view(param.shape)
     return None
 
 
@@ -298,10 +298,15 @@ def adamw_(
     bits: Sequence[Tensor] | None = None,
     seeded: Draws | None = None,
     scores: Sequence[Tensor] | None = None,
-    cuts: Sequence[Cut] | None = None,
+    cuts: Cuts | None = None,
     unselected: str = "frozen",
     rescale: float = 1.0,
     rounding: Draws | None = None,
+    found_inf: Tensor | None = None,
+    statistics: Sequence[Tensor] = (),
+    nonfinite: Sequence[Tensor] = (),
+    kind: str = "squares",
+    statistic_scales: Sequence[Tensor] | None = None,
     differentiable: bool = False,
 ) -> None:
     """AdamW with parameter-shaped moments on the selected entries; see `_adamw_entries` for the equation.
@@ -321,7 +326,14 @@ def adamw_(
         bits, seeded, scores with cuts: which entries are selected (module docstring); none of them: all.
         rescale: factor on the gradient of selected entries; 1 / keep keeps its mean.
         rounding: rounds bfloat16 parameters stochastically; `threshold` is not used.
+        found_inf: 0-dim; unless it is zero, nothing is written and no step is counted.
+        statistics, nonfinite, kind, statistic_scales: `accumulate_` with the same gradients in the same call,
+            as they are (without `grad_scale`).
     """
+    if found_inf is not None and found_inf.item():
+        return
+    if statistics:
+        accumulate_(statistics, grads, nonfinite, kind=kind, grad_scales=statistic_scales)
     beta1, beta2 = _numbers(beta1, beta2, differentiable=differentiable)
     for i, param in enumerate(params):
         steps[i].add_(1)
@@ -386,6 +398,7 @@ def adamw_indexed_(
     maximize: bool = False,
     grad_scale: Tensor | None = None,
     compact_grads: bool = False,
+    found_inf: Tensor | None = None,
     differentiable: bool = False,
 ) -> None:
     """AdamW on the entries listed in `indices`, with moments as long as the list; the rest stays as it is.
@@ -402,7 +415,10 @@ def adamw_indexed_(
         ages: [nnz] int32 updates that each entry has seen, counted up here, or empty: then `steps` counts for
             all.
         steps: 0-dim, counted up by one here.
+        found_inf: 0-dim; unless it is zero, nothing is written and no step is counted.
     """
+    if found_inf is not None and found_inf.item():
+        return
     beta1, beta2 = _numbers(beta1, beta2, differentiable=differentiable)
     for i, param in enumerate(params):
         steps[i].add_(1)
@@ -456,6 +472,8 @@ def accumulate_(
     *,
     kind: str,
     grad_scales: Sequence[Tensor] | None = None,
+    first_counts: Tensor | None = None,
+    absolute: bool = False,
 ) -> None:
     """Add what a gradient contributes to a statistic: multiply, then add, each rounded on its own.
 
@@ -467,6 +485,8 @@ def accumulate_(
         statistics: parameter-shaped, float32 or bfloat16. grads: any floating dtype.
         nonfinite: 0-dim bool flags, raised where an entry of s g is not finite; such an entry adds zero.
         grad_scales: 0-dim factors s, one per tensor, or None for 1.
+        first_counts: takes the first round of `histogram` over the new statistics, ranked by magnitude when
+            `absolute`: int64 [1, 2**11] or [len(statistics), 2**11], added to. Statistics of one dtype.
     """
     for i, (statistic, grad) in enumerate(zip(statistics, grads, strict=True)):
         value = grad.to(torch.float32)
@@ -482,6 +502,18 @@ def accumulate_(
         # not statistic.add_(value * value) in one kernel: a fused multiply-add would change the ranking's
         # last bits
         statistic.copy_(statistic.to(torch.float32) + value)
+    if first_counts is not None and statistics:
+        first_counts += histogram(
+            statistics,
+            shift=key_bits(statistics[0]) - FIRST_WIDTH,
+            width=FIRST_WIDTH,
+            prefixes=first_counts.new_zeros(len(statistics)),
+            per_tensor=first_counts.shape[0] == len(statistics),
+            absolute=absolute,
+        )
+
+
+FIRST_WIDTH = 11  # bits of a sort key that the first round of a selection counts
 
 
 def key_bits(scores: Tensor) -> int:
@@ -501,15 +533,11 @@ def _sort_keys(scores: Tensor, absolute: bool) -> tuple[Tensor, Tensor]:
     return keys >> 32 - key_bits(scores), values.isfinite()
 
 
-def _above_cut(scores: Tensor, cut: Cut, geometry: Geometry, *, absolute: bool) -> Tensor:
+def _above_cut(scores: Tensor, cuts: Cuts, i: int, geometry: Geometry, *, absolute: bool) -> Tensor:
     keys, finite = _sort_keys(scores, absolute)
-    above = finite & (keys > cut.key)
-    if cut.last_tie >= 0:
-        ties = finite & (keys == cut.key)
-        if cut.last_tie != EVERY_TIE:
-            ties &= global_index(torch.arange(keys.numel(), device=keys.device), geometry) <= cut.last_tie
-        above |= ties
-    return above
+    place = global_index(torch.arange(keys.numel(), device=keys.device), geometry)
+    tied = (keys == cuts.keys[i]) & (place <= cuts.last_ties[i])
+    return finite & ((keys > cuts.keys[i]) | tied)
 
 
 def histogram(
@@ -517,10 +545,10 @@ def histogram(
     *,
     shift: int,
     width: int,
-    prefixes: Sequence[int],
+    prefixes: Tensor,
     per_tensor: bool,
     absolute: bool = False,
-    ties: Sequence[int] | None = None,
+    ties: Tensor | None = None,
     geometries: Sequence[Geometry] | None = None,
 ) -> Tensor:
     """Count the finite scores by `width` bits of their sort keys: one round of an exact radix selection.
@@ -531,7 +559,7 @@ def histogram(
 
     Args:
         scores: any shape, float32 or bfloat16, all of one dtype. absolute: rank by magnitude.
-        prefixes: one per tensor; ties likewise.
+        prefixes: int64 [len(scores)]; ties likewise.
 
     Returns:
         int64 [len(scores), 2**width] when `per_tensor`, else [1, 2**width].
@@ -553,7 +581,7 @@ def histogram(
 def compact(
     scores: Sequence[Tensor],
     *,
-    cuts: Sequence[Cut],
+    cuts: Cuts,
     as_bits: bool,
     absolute: bool = False,
     geometries: Sequence[Geometry] | None = None,
@@ -567,7 +595,7 @@ def compact(
     results = []
     for i, score in enumerate(scores):
         geometry = whole(score) if geometries is None else geometries[i]
-        selected = _above_cut(score, cuts[i], geometry, absolute=absolute)
+        selected = _above_cut(score, cuts, i, geometry, absolute=absolute)
         results.append(
             pack_bits(selected) if as_bits else selected.nonzero().view(-1).to(index_dtype(score.numel()))
         )
@@ -582,21 +610,29 @@ def index_dtype(numel: int) -> torch.dtype:
 # compact state, gradients and weights
 
 
-def remap_(old: Tensor, new: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-    """Carry compact state from one ascending index list to another.
+def remap_(
+    olds: Sequence[Tensor], news: Sequence[Tensor], states: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor]]:
+    """Carry compact state from one ascending index list to another, for each tensor.
 
     Args:
-        old: [nnz] indices. new: [new nnz] indices. states: [nnz] each, any dtype.
+        olds: [nnz] indices per tensor. news: [new nnz] indices per tensor, of the same dtype.
+        states: per tensor its states, [nnz] each, any dtype.
 
     Returns:
-        [new nnz] each: entries in both lists keep their value bit for bit, newcomers start at zero.
+        Per tensor, [new nnz] each: entries in both lists keep their value bit for bit, newcomers start at
+        zero.
     """
-    if not old.numel():
-        return [state.new_zeros(new.numel()) for state in states]
-    place = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
-    stays = old[place] == new
-    # not an assignment through the mask: with one value that is a fill, which changes the bits of a NaN
-    return [torch.where(stays, state[place], torch.zeros_like(state[:1])) for state in states]
+    results = []
+    for old, new, columns in zip(olds, news, states, strict=True):
+        if old.numel():
+            place = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
+            stays = old[place] == new
+            # not an assignment through the mask: with one value that is a fill, which changes a NaN's bits
+            results.append([torch.where(stays, c[place], torch.zeros_like(c[:1])) for c in columns])
+        else:
+            results.append([column.new_zeros(new.numel()) for column in columns])
+    return results
 
 
 def gather_(buffers: Sequence[Tensor], tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
