@@ -1,12 +1,17 @@
 """What every test runs under: one thread, one seed, and memory that nobody has written yet is poison."""
 
 import functools
+import os
 import random
 import sys
 
 import numpy
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # before anything imports Triton: its interpreter then runs the kernels on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config):

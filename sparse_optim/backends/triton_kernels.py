@@ -1,0 +1,1673 @@
+"""Every verb as Triton kernels: one launch for a whole list of tensors. See reference.py for the equations.
+
+How a launch finds its tensors. A *table* in device memory holds one row of int64 numbers per tensor: the
+addresses of everything that belongs to it, its length and its geometry. A second, short list says for every
+*tile* of 4096 entries which tensor it lies in, and one program updates one tile. Tables are remembered by
+their content, and the addresses of gradients, which alone change from step to step, are a list of their own
+that is copied again, asynchronously, when it differs. So a step costs no allocation, no synchronisation, and
+no copy but that.
+
+How a tile is read. Four tiles of the seeded rule (1024 entries each) make one tile here, and are taken as
+four blocks of 4 x 256 entries, because one Philox call serves one entry of each block. A full tile whose
+tensors are all aligned to 16 bytes goes through 128-bit accesses; any other takes the slower branch below
+it, entry by entry and in bounds.
+
+Arithmetic is float32 (float64 for float64 parameters), never contracted into fused multiply-adds, so that
+compact and parameter-shaped state, and statistics on every backend, agree bit for bit.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from .reference import FIRST_WIDTH, Cuts, Draws, Geometry, index_dtype, key_bits
+
+# of 1024 entries; more makes the four blocks need more registers, fewer makes more programs. The interpreter
+# takes few, so that small tensors have full tiles too
+TILES = 2 if knobs.runtime.interpret else 4
+TILE = TILES * 1024
+LISTED = 1024  # entries of an index list per program: 8 gathers in flight per thread
+WINDOW = 64  # bins of a histogram that are counted in shared memory, see _count_bins
+COUNTING_PROGRAMS = 1024  # of a histogram: each keeps its counts over many tiles
+WARPS = 4
+
+_TILES, _TILE, _LISTED, _WINDOW = (tl.constexpr(n) for n in (TILES, TILE, LISTED, WINDOW))
+
+# columns of a table: addresses, then numbers
+_PARAM, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _MASK, _STATISTIC, _NONFINITE, _STEP = (
+    tl.constexpr(n) for n in range(8)
+)
+_NUMEL, _ALIGNED, _OFFSET, _INNER, _STRIDE, _KEY, _ROUNDING_KEY, _FIRST_TILE = (
+    tl.constexpr(n) for n in range(8, 16)
+)
+# the same places under other names, for verbs on lists of entries
+_INDICES, _MASTER, _AGE, _LISTED_STEP = _MASK, _STATISTIC, _NONFINITE, _STEP
+_COLUMNS = tl.constexpr(16)
+
+_EVERYTHING, _BITS, _SEEDED, _SCORES, _ONE_WORD = (tl.constexpr(n) for n in range(5))
+_FROZEN, _ZERO_GRAD, _TRACK = (tl.constexpr(n) for n in range(3))
+_SQUARES, _SIGNED, _ABSOLUTE = (tl.constexpr(n) for n in range(3))
+_REPLACE, _ADD, _XOR = (tl.constexpr(n) for n in range(3))
+_UNSELECTED = {"frozen": _FROZEN, "zero_grad": _ZERO_GRAD, "track": _TRACK}
+_KINDS = {"squares": _SQUARES, "signed": _SIGNED, "absolute": _ABSOLUTE}
+_MODES = {"replace": _REPLACE, "add": _ADD, "xor": _XOR}
+
+_INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+# numbers of an update, in this order, float64
+_NUMBERS = tl.constexpr(7)
+
+_TL = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int64: tl.int64,
+    torch.int32: tl.int32,
+    torch.uint8: tl.uint8,
+}
+_INTEGERS = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+
+def why_not(device: torch.device | None) -> str:
+    """Why these kernels cannot run on a device (None: on any); empty when they can."""
+    if knobs.runtime.interpret:
+        # the interpreter takes addresses in the table for addresses of this process
+        return "" if device is None or device.type == "cpu" else "TRITON_INTERPRET=1 needs CPU tensors"
+    if device is None:
+        found = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+        return (
+            "" if found else "it needs a CUDA, ROCm or XPU device, or TRITON_INTERPRET=1 for tests on a CPU"
+        )
+    return "" if device.type in ("cuda", "xpu") else f"it needs a CUDA, ROCm or XPU tensor, got {device.type}"
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+_Columns = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+class _Table:
+    """Rows of numbers on the device, the tensor of every tile, and the addresses that may change."""
+
+    def __init__(self, device: torch.device, columns: _Columns, lengths: tuple[int, ...], tile: int) -> None:
+        count = len(lengths)
+        tiles = (torch.tensor(lengths) + tile - 1) // tile
+        self.device = device
+        self.programs = int(tiles.sum())
+        self.tiles = tiles.tolist()
+        rows = torch.zeros(count, _COLUMNS.value, dtype=torch.int64)
+        # of a tensor that is not sharded
+        rows[:, _INNER.value] = rows[:, _STRIDE.value] = torch.tensor(lengths).clamp(min=1)
+        for column, values in columns:
+            rows[:, column] = torch.tensor(values)
+        rows[:, _NUMEL.value] = torch.tensor(lengths)
+        rows[:, _FIRST_TILE.value] = tiles.cumsum(0) - tiles
+        addresses = rows[:, : _NONFINITE.value]
+        offset, inner, stride = (rows[:, column] % 1024 == 0 for column in (10, 11, 12))
+        # then 1024 local entries that begin at a multiple of 1024 are one tile of the seeded rule
+        whole_tiles = offset & ((rows[:, _INNER.value] >= rows[:, _NUMEL.value]) | (inner & stride))
+        rows[:, _ALIGNED.value] = (addresses % 16 == 0).all(1) & whole_tiles
+        self.rows = _to_device(rows, device)
+        owner = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), tiles)
+        self.owner = _to_device(owner, device)
+        self._last: tuple[int, ...] = ()
+        self._gradients = torch.zeros(count, dtype=torch.int64, device=device)
+        self._numbers: Tensor | None = None
+
+    def gradients(self, grads: Sequence[Tensor]) -> Tensor:
+        """The addresses of this step's gradients, on the device."""
+        addresses = tuple([grad.data_ptr() for grad in grads])
+        if addresses != self._last:
+            self._gradients.copy_(_pinned(torch.tensor(addresses), self.device), non_blocking=True)
+            self._last = addresses
+        return self._gradients
+
+    def numbers(self) -> Tensor:
+        """Room for the numbers of every tensor's update: float64 [tensors, 7]."""
+        if self._numbers is None:
+            shape = (len(self.tiles), _NUMBERS.value)
+            self._numbers = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        return self._numbers
+
+
+def _pinned(host: Tensor, device: torch.device) -> Tensor:
+    return host if device.type == "cpu" else host.pin_memory()
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    return _pinned(host, device).to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _remembered_table(
+    device: torch.device, stream: int, columns: _Columns, lengths: tuple[int, ...], tile: int
+) -> _Table:
+    del stream  # kernels of another stream may still read the table of this one
+    return _Table(device, columns, lengths, tile)
+
+
+def _table(
+    device: torch.device,
+    columns: dict[tl.constexpr, Any],
+    lengths: Sequence[int],
+    tile: int = TILE,
+) -> _Table:
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _remembered_table(device, stream, _as_numbers(columns), tuple(lengths), tile)
+
+
+def _as_numbers(columns: dict[tl.constexpr, Any]) -> _Columns:
+    """Columns of tensors as columns of their addresses; empty ones left out."""
+    return tuple(
+        (column.value, tuple([t.data_ptr() if isinstance(t, Tensor) else t for t in values]))
+        for column, values in columns.items()
+        if values
+    )
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    module = torch.get_device_module(device)
+    if device.index is None or device.index == module.current_device():
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = module.device(device)
+    return context
+
+
+def _groups(*columns: Sequence[Tensor]) -> list[list[int]]:
+    """Places of the tensors that can share a launch: those with the same device and dtypes."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    filled = [column for column in columns if column]
+    for i, tensors in enumerate(zip(*filled, strict=True)):
+        kind = (tensors[0].device, *[t.dtype for t in tensors])
+        found.setdefault(kind, []).append(i)
+    return list(found.values())
+
+
+def _pick(items: Sequence[Any], places: list[int]) -> list[Any]:
+    return list(items) if len(places) == len(items) else [items[i] for i in places] if items else []
+
+
+class _Flat:
+    """Tensors as row-major memory: strided ones are copied, and written back at the end."""
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, tensors: Sequence[Tensor], *, written: bool = True) -> list[Tensor]:
+        flat = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+        if written:
+            self._copies += [(t, f) for t, f in zip(tensors, flat, strict=True) if t is not f]
+        return flat
+
+    def write_back(self) -> None:
+        for original, copy in self._copies:
+            original.copy_(copy)
+
+
+def _places_columns(
+    places: list[int], geometries: Sequence[Geometry] | None, **keys: Sequence[int] | None
+) -> dict[tl.constexpr, Sequence[int]]:
+    """The columns that say where entries lie in the full tensor, and which words are theirs."""
+    columns: dict[tl.constexpr, Sequence[int]] = {}
+    if geometries is not None:
+        chosen = _pick(geometries, places)
+        columns |= {
+            column: [geometry[i] for geometry in chosen]
+            for i, column in enumerate((_OFFSET, _INNER, _STRIDE))
+        }
+    for name, column in (("key", _KEY), ("rounding_key", _ROUNDING_KEY)):
+        if keys.get(name) is not None:
+            columns[column] = _pick(keys[name] or (), places)
+    return columns
+
+
+# --- what kernels share -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load(ptr, offs, in_range, full: tl.constexpr):
+    if full:
+        value = tl.load(ptr + offs)
+    else:
+        value = tl.load(ptr + offs, mask=in_range, other=0)
+    return value
+
+
+@triton.jit
+def _store(ptr, offs, value, in_range, full: tl.constexpr):
+    if full:
+        tl.store(ptr + offs, value)
+    else:
+        tl.store(ptr + offs, value, mask=in_range)
+
+
+@triton.jit
+def _global_index(local, numel, offset, inner, stride):
+    """int64 global indices of int64 local ones; a division only where a shard needs one."""
+    if inner >= numel:
+        index = local + offset
+    else:
+        index = local // inner * stride + local % inner + offset
+    return index
+
+
+@triton.jit
+def _word(index, seed, draw, key):
+    """The random word of each entry, by a Philox call of its own. index: int64."""
+    counter = index // 1024 * 256 + index % 256
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    zero = low * 0
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero + draw, zero + key)
+    quarter = index % 1024 // 256
+    return tl.where(quarter < 2, tl.where(quarter == 0, w0, w1), tl.where(quarter == 2, w2, w3))
+
+
+@triton.jit
+def _tile_words(start, seed, draw, key):
+    """The words of whole tiles: four blocks, one for each quarter. start: int64 global index of each tile."""
+    counter = start // 4
+    zero = tl.zeros([_TILES, 256], dtype=tl.uint32)
+    # 256 T has eight zero bits, into which the place within the quarter goes without a carry
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)[:, None] + tl.arange(0, 256).to(tl.uint32)[None, :]
+    high = (counter >> 32).to(tl.uint32)[:, None] + zero
+    return tl.philox(seed, low, high, zero + draw, zero + key)
+
+
+@triton.jit
+def _sort_key(raw, absolute: tl.constexpr):
+    """uint32 keys that order as float32 values do, from their bits (int32), and which are finite."""
+    raw = raw & 0x7FFFFFFF if absolute else tl.where(raw == -0x80000000, 0, raw)
+    finite = (raw & 0x7F800000) != 0x7F800000
+    key = tl.where(raw < 0, ~raw, raw ^ -0x80000000).to(tl.uint32, bitcast=True)
+    return key, finite
+
+
+@triton.jit
+def _load_keys(score_ptr, offs, in_range, absolute: tl.constexpr, bits: tl.constexpr, full: tl.constexpr):
+    """Sort keys of `bits` bits. The pointer is to integers as wide as the scores."""
+    raw = _load(score_ptr, offs, in_range, full)
+    if bits == 16:
+        key, finite = _sort_key(raw.to(tl.int32) << 16, absolute)
+        key = key >> 16
+    else:
+        key, finite = _sort_key(raw, absolute)
+    if not full:
+        finite = finite & in_range
+    return key, finite
+
+
+@triton.jit
+def _above(key, finite, index, cut_key, last_tie):
+    """Which entries pass an exact threshold. cut_key and last_tie: int64."""
+    key = key.to(tl.int64)
+    return finite & ((key > cut_key) | ((key == cut_key) & (index <= last_tie)))
+
+
+@triton.jit
+def _contribution(grad, kind: tl.constexpr):
+    """What a gradient adds to a statistic, float32, and where it is finite."""
+    finite = (grad.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
+    value = tl.where(finite, grad, 0.0)
+    if kind == _SQUARES:
+        value = value * value
+    elif kind == _ABSOLUTE:
+        value = tl.abs(value)
+    return value, finite
+
+
+@triton.jit
+def _raise_flag(flag_ptr, spoiled):
+    """Every program that finds something writes the same byte."""
+    tl.store(flag_ptr, tl.full([], 1, tl.uint8), mask=tl.max(spoiled, 0) != 0)
+
+
+@triton.jit
+def _stored(value, dtype: tl.constexpr):
+    """A value rounded to nearest, ties to even, into the dtype in which it is stored."""
+    if _INTERPRETED and dtype == tl.bfloat16 and value.dtype != tl.bfloat16:
+        # the interpreter would cut the low bits off
+        value = value.to(tl.float32)
+        raw = value.to(tl.int32, bitcast=True)
+        nearest = (raw + 0x7FFF + ((raw >> 16) & 1)) >> 16
+        nearest = tl.where(value == value, nearest, (raw >> 16) | 0x40)
+        result = nearest.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(dtype)
+    return result
+
+
+@triton.jit
+def _divide(x, y):
+    return x / y if y.dtype == tl.float64 else tl.div_rn(x, y)
+
+
+@triton.jit
+def _square_root(x):
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
+def _power(base, exponent):
+    """base ** exponent in float64, for whole exponents below 2**24: the very steps of `power` below."""
+    result = tl.zeros_like(exponent).to(tl.float64) + 1.0
+    for bit in tl.static_range(24):
+        result = tl.where((exponent >> bit) & 1 != 0, result * base, result)
+        base = base * base
+    return result
+
+
+def power(base: float, exponent: int) -> float:
+    """base ** exponent by squaring, in the order in which kernels do it, so that both round alike."""
+    result = 1.0
+    for bit in range(24):
+        result = result * base if exponent >> bit & 1 else result
+        base = base * base
+    return result
+
+
+@triton.jit
+def _adamw_entries(
+    param, grad, exp_avg, exp_avg_sq, largest, decay, weight1, beta2, weight2, eps, step_size, correction2,
+    amsgrad: tl.constexpr,
+):  # fmt: skip
+    """See reference._adamw_entries. Everything in the dtype of the arithmetic."""
+    param = param * decay
+    exp_avg = exp_avg + weight1 * (grad - exp_avg)
+    exp_avg_sq = exp_avg_sq * beta2 + weight2 * (grad * grad)
+    if amsgrad:
+        # as torch.maximum: a NaN stays
+        largest = tl.maximum(largest, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        largest = exp_avg_sq
+    denom = _divide(_square_root(largest), correction2) + eps
+    param = param - step_size * _divide(exp_avg, denom)
+    return param, exp_avg, exp_avg_sq, largest
+
+
+@triton.jit
+def _round_stochastically(value, word):
+    """float32 to bfloat16; see reference.round_stochastically."""
+    raw = value.to(tl.int32, bitcast=True)
+    carried = (raw + (word & 0xFFFF).to(tl.int32)) >> 16
+    rounded = carried.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.where((raw & 0x7F800000) != 0x7F800000, rounded, _stored(value, tl.bfloat16))
+
+
+# --- adamw_ -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _adamw_block(
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, largest_ptr, statistic_ptr,
+    offs, in_range, selected, word, sign, rescale, statistic_scale,
+    decay, weight1, beta2, weight2, eps, step_size, correction2,
+    ARITHMETIC: tl.constexpr, MASKED: tl.constexpr, UNSELECTED: tl.constexpr, RESCALED: tl.constexpr,
+    AMSGRAD: tl.constexpr, ROUNDED: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """One block of entries: everything is read once, updated, and written once. Returns nonzero where a
+    gradient that a statistic observes is not finite.
+    """
+    spoiled = 0
+    stored_grad, old_param = _load(grad_ptr, offs, in_range, FULL), _load(param_ptr, offs, in_range, FULL)
+    old_exp_avg = _load(exp_avg_ptr, offs, in_range, FULL)
+    old_exp_avg_sq = _load(exp_avg_sq_ptr, offs, in_range, FULL)
+    old_largest = _load(largest_ptr, offs, in_range, FULL) if AMSGRAD else old_exp_avg_sq
+    if KIND is not None:
+        seen = stored_grad.to(tl.float32)
+        if SCALED:
+            seen = seen * statistic_scale
+        seen, finite = _contribution(seen, KIND)
+        spoiled = tl.where(finite, 0, 1)
+        if not FULL:
+            spoiled = tl.where(in_range, spoiled, 0)
+        total = _load(statistic_ptr, offs, in_range, FULL).to(tl.float32) + seen
+        _store(statistic_ptr, offs, _stored(total, statistic_ptr.dtype.element_ty), in_range, FULL)
+    grad = stored_grad.to(ARITHMETIC) * sign
+    if RESCALED:
+        grad = tl.where(selected, grad * rescale, grad) if MASKED else grad * rescale
+    if MASKED and UNSELECTED == _ZERO_GRAD:
+        grad = tl.where(selected, grad, 0.0)
+    param, exp_avg, exp_avg_sq, largest = _adamw_entries(
+        old_param.to(ARITHMETIC), grad, old_exp_avg.to(ARITHMETIC), old_exp_avg_sq.to(ARITHMETIC),
+        old_largest.to(ARITHMETIC), decay, weight1, beta2, weight2, eps, step_size, correction2, AMSGRAD,
+    )  # fmt: skip
+    new_param = _round_stochastically(param, word) if ROUNDED else _stored(param, old_param.dtype)
+    new_exp_avg, new_exp_avg_sq = (
+        _stored(exp_avg, old_exp_avg.dtype),
+        _stored(exp_avg_sq, old_exp_avg_sq.dtype),
+    )
+    new_largest = _stored(largest, old_largest.dtype)
+    # unselected entries are written back as they were read: a store with a mask could not be 128 bits wide
+    if MASKED and UNSELECTED != _ZERO_GRAD:
+        new_param = tl.where(selected, new_param, old_param)
+        if UNSELECTED == _FROZEN:
+            new_exp_avg = tl.where(selected, new_exp_avg, old_exp_avg)
+            new_exp_avg_sq = tl.where(selected, new_exp_avg_sq, old_exp_avg_sq)
+            new_largest = tl.where(selected, new_largest, old_largest)
+    _store(param_ptr, offs, new_param, in_range, FULL)
+    _store(exp_avg_ptr, offs, new_exp_avg, in_range, FULL)
+    _store(exp_avg_sq_ptr, offs, new_exp_avg_sq, in_range, FULL)
+    if AMSGRAD:
+        _store(largest_ptr, offs, new_largest, in_range, FULL)
+    return spoiled
+
+
+@triton.jit(do_not_specialize=["draw", "rounding_draw", "last_word", "any_word", "seed", "rounding_seed"])
+def _adamw_kernel(
+    table_ptr, owner_ptr, grads_ptr, numbers_ptr, grad_scale_ptr, found_inf_ptr, statistic_scales_ptr,
+    cut_keys_ptr, last_ties_ptr,
+    decay: tl.float64, weight1: tl.float64, beta2: tl.float64, weight2: tl.float64, eps: tl.float64,
+    step_size: tl.float64, correction2: tl.float64, sign: tl.float64, rescale: tl.float64,
+    seed: tl.uint64, draw: tl.uint32, last_word: tl.uint32, any_word: tl.int32,
+    rounding_seed: tl.uint64, rounding_draw: tl.uint32,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr,
+    MAX_EXP_AVG_SQ: tl.constexpr, STATISTIC: tl.constexpr, SCORE: tl.constexpr,
+    ARITHMETIC: tl.constexpr, MASK: tl.constexpr, UNSELECTED: tl.constexpr, RESCALED: tl.constexpr,
+    AMSGRAD: tl.constexpr, ROUNDED: tl.constexpr, KIND: tl.constexpr, NUMBERS: tl.constexpr,
+):  # fmt: skip
+    """One program updates one tile of one tensor."""
+    if found_inf_ptr is not None:
+        if tl.load(found_inf_ptr) != 0:
+            return
+    tensor = tl.load(owner_ptr + tl.program_id(0)).to(tl.int64)
+    row_ptr = table_ptr + tensor * _COLUMNS
+    start = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _TILE
+    numel = tl.load(row_ptr + _NUMEL)
+    offset, inner, stride = tl.load(row_ptr + _OFFSET), tl.load(row_ptr + _INNER), tl.load(row_ptr + _STRIDE)
+    key = tl.load(row_ptr + _KEY).to(tl.uint32)
+    rounding_key = tl.load(row_ptr + _ROUNDING_KEY).to(tl.uint32)
+    grad_address = tl.load(grads_ptr + tensor)
+    param_address, exp_avg_address = tl.load(row_ptr + _PARAM), tl.load(row_ptr + _EXP_AVG)
+    exp_avg_sq_address, largest_address = tl.load(row_ptr + _EXP_AVG_SQ), tl.load(row_ptr + _MAX_EXP_AVG_SQ)
+    mask_address, statistic_address = tl.load(row_ptr + _MASK), tl.load(row_ptr + _STATISTIC)
+    nonfinite_ptr = tl.load(row_ptr + _NONFINITE).to(tl.pointer_type(tl.uint8))
+
+    if NUMBERS:
+        numbers_ptr += tensor * _NUMBERS
+        decay, weight1 = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+        beta2, weight2 = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
+        eps, step_size = tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
+        correction2 = tl.load(numbers_ptr + 6)
+    # tl.full takes arguments, loaded values and the plain floats of the interpreter alike
+    decay, weight1 = tl.full([], decay, ARITHMETIC), tl.full([], weight1, ARITHMETIC)
+    beta2, weight2 = tl.full([], beta2, ARITHMETIC), tl.full([], weight2, ARITHMETIC)
+    eps, step_size = tl.full([], eps, ARITHMETIC), tl.full([], step_size, ARITHMETIC)
+    correction2, rescale = tl.full([], correction2, ARITHMETIC), tl.full([], rescale, ARITHMETIC)
+    factor = tl.full([], sign, ARITHMETIC)
+    seed, draw, last_word = (
+        tl.full([], seed, tl.uint64),
+        tl.full([], draw, tl.uint32),
+        tl.full([], last_word, tl.uint32),
+    )
+    rounding_seed, rounding_draw = (
+        tl.full([], rounding_seed, tl.uint64),
+        tl.full([], rounding_draw, tl.uint32),
+    )
+    if grad_scale_ptr is not None:
+        factor = factor * tl.load(grad_scale_ptr).to(ARITHMETIC)
+    statistic_scale = 1.0
+    if statistic_scales_ptr is not None:
+        statistic_scale = tl.load(statistic_scales_ptr + tensor)
+    cut_key, last_tie = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+    if MASK == _SCORES:
+        cut_key, last_tie = tl.load(cut_keys_ptr + tensor), tl.load(last_ties_ptr + tensor)
+
+    drawn = True
+    if MASK == _ONE_WORD:
+        # the word of entry 0 decides for the whole tensor
+        zero = tl.zeros([], tl.uint32)
+        decisive, _, _, _ = tl.philox(seed, zero, zero, zero + draw, zero + key)
+        drawn = (decisive <= last_word) & (any_word != 0)
+        if UNSELECTED == _FROZEN and KIND is None:
+            if drawn == 0:
+                return
+
+    MASKED: tl.constexpr = MASK != _EVERYTHING
+    aligned = (tl.load(row_ptr + _ALIGNED) != 0) & (grad_address % 16 == 0)
+    if aligned & (start + _TILE <= numel):
+        # the hint belongs to the cast, which is why each branch has casts of its own
+        param_ptr = tl.multiple_of(param_address.to(tl.pointer_type(PARAM)), 16)
+        grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16)
+        exp_avg_ptr = tl.multiple_of(exp_avg_address.to(tl.pointer_type(EXP_AVG)), 16)
+        exp_avg_sq_ptr = tl.multiple_of(exp_avg_sq_address.to(tl.pointer_type(EXP_AVG_SQ)), 16)
+        largest_ptr = tl.multiple_of(largest_address.to(tl.pointer_type(MAX_EXP_AVG_SQ)), 16)
+        statistic_ptr = tl.multiple_of(statistic_address.to(tl.pointer_type(STATISTIC)), 16)
+        mask_ptr = tl.multiple_of(mask_address.to(tl.pointer_type(SCORE)), 16)
+        locals = tl.multiple_of(start, _TILE) + tl.arange(0, _TILES).to(tl.int64) * 1024
+        globals = _global_index(locals, numel, offset, inner, stride)
+        if MASK == _SEEDED:
+            w0, w1, w2, w3 = _tile_words(globals, seed, draw, key)
+        if ROUNDED:
+            r0, r1, r2, r3 = _tile_words(globals, rounding_seed, rounding_draw, rounding_key)
+        spoiled_tile = tl.zeros([_TILES, 256], tl.int32)
+        for quarter in tl.static_range(4):
+            within = tl.arange(0, 256) + quarter * 256
+            offs = locals[:, None] + within[None, :]
+            selected = True
+            if MASK == _SEEDED:
+                word = w0 if quarter == 0 else w1 if quarter == 1 else w2 if quarter == 2 else w3
+                selected = (word <= last_word) & (any_word != 0)
+            elif MASK == _BITS:
+                selected = (tl.load(mask_ptr + offs // 8) >> (within % 8)[None, :].to(tl.uint8)) & 1 != 0
+            elif MASK == _SCORES:
+                score_key, finite = _load_keys(mask_ptr, offs, True, False, SCORE.primitive_bitwidth, True)
+                index = globals[:, None] + within[None, :]
+                selected = _above(score_key, finite, index, cut_key, last_tie)
+            elif MASK == _ONE_WORD:
+                selected = drawn
+            rounding_word = 0
+            if ROUNDED:
+                rounding_word = r0 if quarter == 0 else r1 if quarter == 1 else r2 if quarter == 2 else r3
+            spoiled_tile |= _adamw_block(
+                param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, largest_ptr, statistic_ptr,
+                offs, True, selected, rounding_word, factor, rescale, statistic_scale,
+                decay, weight1, beta2, weight2, eps, step_size, correction2,
+                ARITHMETIC, MASKED, UNSELECTED, RESCALED, AMSGRAD, ROUNDED, KIND,
+                statistic_scales_ptr is not None, True,
+            )  # fmt: skip
+        if KIND is not None:
+            _raise_flag(nonfinite_ptr, tl.max(spoiled_tile, 1))
+    else:
+        param_ptr, grad_ptr = param_address.to(tl.pointer_type(PARAM)), grad_address.to(tl.pointer_type(GRAD))
+        exp_avg_ptr = exp_avg_address.to(tl.pointer_type(EXP_AVG))
+        exp_avg_sq_ptr = exp_avg_sq_address.to(tl.pointer_type(EXP_AVG_SQ))
+        largest_ptr = largest_address.to(tl.pointer_type(MAX_EXP_AVG_SQ))
+        statistic_ptr = statistic_address.to(tl.pointer_type(STATISTIC))
+        mask_ptr = mask_address.to(tl.pointer_type(SCORE))
+        spoiled_block = tl.zeros([1024], tl.int32)
+        for block in range(_TILES):
+            offs = start + block * 1024 + tl.arange(0, 1024)
+            in_range = offs < numel
+            index = _global_index(offs, numel, offset, inner, stride)
+            selected = True
+            if MASK == _SEEDED:
+                selected = (_word(index, seed, draw, key) <= last_word) & (any_word != 0)
+            elif MASK == _BITS:
+                packed = tl.load(mask_ptr + offs // 8, mask=in_range, other=0)
+                selected = (packed >> (offs % 8).to(tl.uint8)) & 1 != 0
+            elif MASK == _SCORES:
+                score_key, finite = _load_keys(
+                    mask_ptr, offs, in_range, False, SCORE.primitive_bitwidth, False
+                )
+                selected = _above(score_key, finite, index, cut_key, last_tie)
+            elif MASK == _ONE_WORD:
+                selected = drawn
+            rounding_word = 0
+            if ROUNDED:
+                rounding_word = _word(index, rounding_seed, rounding_draw, rounding_key)
+            spoiled_block |= _adamw_block(
+                param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, largest_ptr, statistic_ptr,
+                offs, in_range, selected, rounding_word, factor, rescale, statistic_scale,
+                decay, weight1, beta2, weight2, eps, step_size, correction2,
+                ARITHMETIC, MASKED, UNSELECTED, RESCALED, AMSGRAD, ROUNDED, KIND,
+                statistic_scales_ptr is not None, False,
+            )  # fmt: skip
+        if KIND is not None:
+            _raise_flag(nonfinite_ptr, spoiled_block)
+
+
+@triton.jit
+def _clock_kernel(
+    table_ptr, numbers_ptr, found_inf_ptr, lr_ptr, beta1_ptr, beta2_ptr,
+    lr: tl.float64, beta1: tl.float64, beta2: tl.float64, eps: tl.float64, weight_decay: tl.float64,
+    STEP: tl.constexpr, AGES: tl.constexpr,
+):  # fmt: skip
+    """Counts a step that lives on the device, and derives the numbers of its update. One tensor a program."""
+    if found_inf_ptr is not None:
+        if tl.load(found_inf_ptr) != 0:
+            return
+    tensor = tl.program_id(0).to(tl.int64)
+    step_ptr = tl.load(table_ptr + tensor * _COLUMNS + _STEP).to(tl.pointer_type(STEP))
+    step = tl.load(step_ptr) + 1
+    tl.store(step_ptr, step)
+    lr = tl.full([], lr if lr_ptr is None else tl.load(lr_ptr), tl.float64)
+    beta1 = tl.full([], beta1 if beta1_ptr is None else tl.load(beta1_ptr), tl.float64)
+    beta2 = tl.full([], beta2 if beta2_ptr is None else tl.load(beta2_ptr), tl.float64)
+    eps, weight_decay = tl.full([], eps, tl.float64), tl.full([], weight_decay, tl.float64)
+    exponent = step.to(tl.int32)
+    numbers_ptr += tensor * _NUMBERS
+    tl.store(numbers_ptr, 1 - lr * weight_decay)
+    tl.store(numbers_ptr + 1, 1 - beta1)
+    tl.store(numbers_ptr + 2, beta2)
+    tl.store(numbers_ptr + 3, 1 - beta2)
+    tl.store(numbers_ptr + 4, eps)
+    if AGES:
+        tl.store(numbers_ptr + 5, lr)
+        tl.store(numbers_ptr + 6, beta1)
+    else:
+        tl.store(numbers_ptr + 5, lr / (1 - _power(beta1, exponent)))
+        tl.store(numbers_ptr + 6, tl.sqrt(1 - _power(beta2, exponent)))
+
+
+class _Clock:
+    """Counts the steps of all tensors, and gives each launch the numbers of its update.
+
+    Steps on the host are read there; if all tensors agree, as they usually do, the numbers are arguments of
+    the launch. Steps on the device stay there, with the learning rate and the betas where these are tensors.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Tensor],
+        device: torch.device,
+        found_inf: Tensor | None,
+        lr: float | Tensor,
+        beta1: float | Tensor,
+        beta2: float | Tensor,
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self.skipped = False
+        self._eps, self._weight_decay = eps, weight_decay
+        tensors = any(isinstance(x, Tensor) for x in (lr, beta1, beta2))
+        self.on_device = steps[0].device == device and (device.type != "cpu" or tensors)
+        self._steps, self.found_inf = steps, found_inf
+        self._hyper: tuple[float | Tensor, ...] = (lr, beta1, beta2)
+        if self.on_device:
+            return
+        self.found_inf = None
+        if found_inf is not None and found_inf.item():
+            self.skipped = True
+            return
+        self._hyper = tuple(x.item() if isinstance(x, Tensor) else x for x in (lr, beta1, beta2))
+        torch._foreach_add_(list(steps), 1)
+        self._counts = torch.stack(list(steps)).tolist()
+
+    def _numbers_of(self, count: float, with_ages: bool) -> tuple[float, ...]:
+        lr, beta1, beta2 = (float(x) for x in self._hyper)
+        if with_ages:
+            # every entry has a bias correction of its own
+            return 1 - lr * self._weight_decay, 1 - beta1, beta2, 1 - beta2, self._eps, lr, beta1
+        correction1, correction2 = 1 - power(beta1, int(count)), 1 - power(beta2, int(count))
+        decay = 1 - lr * self._weight_decay
+        return decay, 1 - beta1, beta2, 1 - beta2, self._eps, lr / correction1, math.sqrt(correction2)
+
+    def numbers(
+        self, table: _Table, places: list[int], *, as_table: bool = False, with_ages: bool = False
+    ) -> tuple[tuple[float, ...], Tensor | None]:
+        """The seven numbers for the tensors of a launch, as values or as a table."""
+        none = (0.0,) * _NUMBERS.value
+        if self.on_device:
+            lr, beta1, beta2 = self._hyper
+            pointers = [x if isinstance(x, Tensor) else None for x in (lr, beta1, beta2)]
+            values = [0.0 if isinstance(x, Tensor) else x for x in (lr, beta1, beta2)]
+            step = _TL[self._steps[places[0]].dtype]
+            _clock_kernel[(len(places),)](
+                table.rows, table.numbers(), self.found_inf, *pointers, *values,
+                self._eps, self._weight_decay, step, with_ages, num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+            return none, table.numbers()
+        counts = _pick(self._counts, places)
+        if not as_table and counts.count(counts[0]) == len(counts):
+            return self._numbers_of(counts[0], with_ages), None
+        known = {count: self._numbers_of(count, with_ages) for count in set(counts)}
+        host = torch.tensor([known[count] for count in counts], dtype=torch.float64)
+        return none, table.numbers().copy_(_pinned(host, table.device), non_blocking=True)
+
+
+def _drawn(draws: Draws | None) -> tuple[int, int, int, int]:
+    """Seed, draw, the highest word that selects, and whether any does."""
+    if draws is None:
+        return 0, 0, 0, 0
+    return draws.seed, draws.draw, max(draws.threshold - 1, 0), int(draws.threshold > 0)
+
+
+def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """A 0-dim tensor that a kernel can read."""
+    return None if value is None else value.to(device, non_blocking=True)
+
+
+def _of(column: Tensor, places: list[int], device: torch.device) -> Tensor:
+    """What a launch needs of a column with one number per tensor."""
+    return (column if len(places) == len(column) else column[places]).to(device).contiguous()
+
+
+def _stacked(scales: Sequence[Tensor] | None, places: list[int], device: torch.device) -> Tensor | None:
+    if scales is None:
+        return None
+    return torch.stack([scale.to(device=device, dtype=torch.float32) for scale in _pick(scales, places)])
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    geometries: Sequence[Geometry] | None = None,
+    bits: Sequence[Tensor] | None = None,
+    seeded: Draws | None = None,
+    scores: Sequence[Tensor] | None = None,
+    cuts: Cuts | None = None,
+    unselected: str = "frozen",
+    rescale: float = 1.0,
+    rounding: Draws | None = None,
+    found_inf: Tensor | None = None,
+    statistics: Sequence[Tensor] = (),
+    nonfinite: Sequence[Tensor] = (),
+    kind: str = "squares",
+    statistic_scales: Sequence[Tensor] | None = None,
+    differentiable: bool = False,
+) -> None:
+    """See reference.adamw_. Launches: one per device and combination of dtypes, and one more where the steps
+    are on the device. Steps on the host together with `found_inf` cost a synchronisation.
+    """
+    del differentiable
+    mask = _EVERYTHING
+    if bits is not None:
+        mask = _BITS
+    elif seeded is not None:
+        mask = _ONE_WORD if seeded.one_word else _SEEDED
+    elif scores is not None:
+        mask = _SCORES
+    masks = bits if bits is not None else scores if scores is not None else ()
+    for places in _groups(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masks, statistics):
+        flat = _Flat()
+        group = flat(_pick(params, places))
+        group_grads = flat(_pick(grads, places), written=False)
+        moments = [flat(_pick(column, places)) for column in (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)]
+        group_masks = flat(_pick(masks, places), written=False)
+        group_statistics = flat(_pick(statistics, places))
+        device, group_steps = group[0].device, _pick(steps, places)
+        clock = _Clock(group_steps, device, found_inf, lr, beta1, beta2, eps, weight_decay)
+        if clock.skipped:
+            continue
+        rounded = rounding is not None and group[0].dtype == torch.bfloat16
+        columns: dict[tl.constexpr, Any] = {
+            _PARAM: group,
+            _EXP_AVG: moments[0],
+            _EXP_AVG_SQ: moments[1],
+            _MAX_EXP_AVG_SQ: moments[2],
+            _MASK: group_masks,
+            _STATISTIC: group_statistics,
+            _NONFINITE: _pick(nonfinite, places),
+            _STEP: group_steps if clock.on_device else (),
+        } | _places_columns(
+            places,
+            geometries,
+            key=None if seeded is None else seeded.keys,
+            rounding_key=rounding.keys if rounding is not None and rounded else None,
+        )
+        with _on(device):
+            table = _table(device, columns, [p.numel() for p in group])
+            everyone = list(range(len(group)))
+            numbers, numbers_table = clock.numbers(table, everyone, as_table=group[0].dtype == torch.float64)
+            if not table.programs:
+                continue
+            cut_keys, last_ties = (None, None) if cuts is None else [_of(c, places, device) for c in cuts]
+            rounding_seed, rounding_draw, _, _ = _drawn(rounding if rounded else None)
+            dtypes = [_TL[column[0].dtype] for column in (group, group_grads, moments[0], moments[1])]
+            _adamw_kernel[(table.programs,)](
+                table.rows, table.owner, table.gradients(group_grads), numbers_table,
+                _scalar(grad_scale, device), _scalar(clock.found_inf, device),
+                _stacked(statistic_scales, places, device), cut_keys, last_ties,
+                *numbers, -1.0 if maximize else 1.0, rescale,
+                *_drawn(seeded), rounding_seed, rounding_draw, *dtypes,
+                MAX_EXP_AVG_SQ=_TL[moments[2][0].dtype] if moments[2] else tl.float32,
+                STATISTIC=_TL[group_statistics[0].dtype] if group_statistics else tl.float32,
+                SCORE=tl.uint8 if mask != _SCORES else _INTEGERS[group_masks[0].element_size()],
+                ARITHMETIC=tl.float64 if group[0].dtype == torch.float64 else tl.float32,
+                MASK=mask.value,
+                UNSELECTED=_UNSELECTED[unselected].value,
+                RESCALED=rescale != 1.0,
+                AMSGRAD=bool(moments[2]),
+                ROUNDED=rounded,
+                KIND=_KINDS[kind].value if group_statistics else None,
+                NUMBERS=numbers_table is not None,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        flat.write_back()
+
+
+# --- adamw_indexed_ ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _adamw_listed(
+    param_ptr, grad_ptr, index_ptr, exp_avg_ptr, exp_avg_sq_ptr, largest_ptr, master_ptr, age_ptr,
+    offs, in_range, factor, lr, beta1, decay, weight1, beta2, weight2, eps, step_size, correction2,
+    beta2_double,
+    ARITHMETIC: tl.constexpr, COMPACT: tl.constexpr, AMSGRAD: tl.constexpr, MASTERS: tl.constexpr,
+    AGES: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """One block of a list: gather parameter and gradient, update, scatter the parameter."""
+    index = _load(index_ptr, offs, in_range, FULL).to(tl.int64)
+    old_param = _load(param_ptr, index, in_range, FULL)
+    grad = _load(grad_ptr, offs if COMPACT else index, in_range, FULL).to(ARITHMETIC) * factor
+    exp_avg, exp_avg_sq = (
+        _load(exp_avg_ptr, offs, in_range, FULL),
+        _load(exp_avg_sq_ptr, offs, in_range, FULL),
+    )
+    largest = _load(largest_ptr, offs, in_range, FULL) if AMSGRAD else exp_avg_sq
+    value = old_param.to(ARITHMETIC)
+    if MASTERS:
+        # somebody wrote to a parameter that is no longer its rounded master: the master restarts there
+        master = _load(master_ptr, offs, in_range, FULL)
+        value = tl.where(_stored(master, old_param.dtype).to(ARITHMETIC) == value, master, value)
+    if AGES:
+        age = _load(age_ptr, offs, in_range, FULL) + 1
+        _store(age_ptr, offs, age, in_range, FULL)
+        step_size = (lr / (1 - _power(beta1, age))).to(ARITHMETIC)
+        correction2 = tl.sqrt(1 - _power(beta2_double, age)).to(ARITHMETIC)
+    value, exp_avg, exp_avg_sq, largest = _adamw_entries(
+        value, grad, exp_avg, exp_avg_sq, largest, decay, weight1, beta2, weight2, eps, step_size,
+        correction2, AMSGRAD,
+    )  # fmt: skip
+    _store(param_ptr, index, _stored(value, old_param.dtype), in_range, FULL)
+    _store(exp_avg_ptr, offs, exp_avg, in_range, FULL)
+    _store(exp_avg_sq_ptr, offs, exp_avg_sq, in_range, FULL)
+    if AMSGRAD:
+        _store(largest_ptr, offs, largest, in_range, FULL)
+    if MASTERS:
+        _store(master_ptr, offs, value, in_range, FULL)
+
+
+@triton.jit
+def _adamw_indexed_kernel(
+    table_ptr, owner_ptr, grads_ptr, numbers_ptr, grad_scale_ptr, found_inf_ptr,
+    decay: tl.float64, weight1: tl.float64, beta2: tl.float64, weight2: tl.float64, eps: tl.float64,
+    step_size: tl.float64, correction2: tl.float64, sign: tl.float64,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, INDEX: tl.constexpr, ARITHMETIC: tl.constexpr,
+    COMPACT: tl.constexpr, AMSGRAD: tl.constexpr, MASTERS: tl.constexpr, AGES: tl.constexpr,
+    NUMBERS: tl.constexpr,
+):  # fmt: skip
+    """One program updates 1024 listed entries of one tensor."""
+    if found_inf_ptr is not None:
+        if tl.load(found_inf_ptr) != 0:
+            return
+    tensor = tl.load(owner_ptr + tl.program_id(0)).to(tl.int64)
+    row_ptr = table_ptr + tensor * _COLUMNS
+    start = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _LISTED
+    count = tl.load(row_ptr + _NUMEL)
+    grad_address = tl.load(grads_ptr + tensor)
+    param_ptr = tl.load(row_ptr + _PARAM).to(tl.pointer_type(PARAM))
+    exp_avg_address, exp_avg_sq_address = tl.load(row_ptr + _EXP_AVG), tl.load(row_ptr + _EXP_AVG_SQ)
+    largest_address, index_address = tl.load(row_ptr + _MAX_EXP_AVG_SQ), tl.load(row_ptr + _INDICES)
+    master_address, age_address = tl.load(row_ptr + _MASTER), tl.load(row_ptr + _AGE)
+    if NUMBERS:
+        numbers_ptr += tensor * _NUMBERS
+        decay, weight1 = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+        beta2, weight2 = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
+        eps, step_size = tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
+        correction2 = tl.load(numbers_ptr + 6)
+    # where entries have ages, the last two numbers are the learning rate and the first beta
+    lr, beta1 = tl.full([], step_size, tl.float64), tl.full([], correction2, tl.float64)
+    beta2_double = tl.full([], beta2, tl.float64)
+    decay, weight1 = tl.full([], decay, ARITHMETIC), tl.full([], weight1, ARITHMETIC)
+    beta2, weight2 = tl.full([], beta2, ARITHMETIC), tl.full([], weight2, ARITHMETIC)
+    eps, step_size = tl.full([], eps, ARITHMETIC), tl.full([], step_size, ARITHMETIC)
+    correction2, factor = tl.full([], correction2, ARITHMETIC), tl.full([], sign, ARITHMETIC)
+    if grad_scale_ptr is not None:
+        factor = factor * tl.load(grad_scale_ptr).to(ARITHMETIC)
+    offs = start + tl.arange(0, _LISTED)
+    aligned = tl.load(row_ptr + _ALIGNED) != 0
+    if COMPACT:
+        aligned = aligned & (grad_address % 16 == 0)
+    if aligned & (start + _LISTED <= count):
+        if COMPACT:
+            grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16)
+        else:
+            grad_ptr = grad_address.to(tl.pointer_type(GRAD))
+        _adamw_listed(
+            param_ptr, grad_ptr,
+            tl.multiple_of(index_address.to(tl.pointer_type(INDEX)), 16),
+            tl.multiple_of(exp_avg_address.to(tl.pointer_type(ARITHMETIC)), 16),
+            tl.multiple_of(exp_avg_sq_address.to(tl.pointer_type(ARITHMETIC)), 16),
+            tl.multiple_of(largest_address.to(tl.pointer_type(ARITHMETIC)), 16),
+            tl.multiple_of(master_address.to(tl.pointer_type(ARITHMETIC)), 16),
+            tl.multiple_of(age_address.to(tl.pointer_type(tl.int32)), 16),
+            tl.multiple_of(start, _LISTED) + tl.arange(0, _LISTED), True, factor, lr, beta1,
+            decay, weight1, beta2, weight2, eps, step_size, correction2, beta2_double,
+            ARITHMETIC, COMPACT, AMSGRAD, MASTERS, AGES, True,
+        )  # fmt: skip
+    else:
+        _adamw_listed(
+            param_ptr, grad_address.to(tl.pointer_type(GRAD)), index_address.to(tl.pointer_type(INDEX)),
+            exp_avg_address.to(tl.pointer_type(ARITHMETIC)),
+            exp_avg_sq_address.to(tl.pointer_type(ARITHMETIC)),
+            largest_address.to(tl.pointer_type(ARITHMETIC)), master_address.to(tl.pointer_type(ARITHMETIC)),
+            age_address.to(tl.pointer_type(tl.int32)),
+            offs, offs < count, factor, lr, beta1,
+            decay, weight1, beta2, weight2, eps, step_size, correction2, beta2_double,
+            ARITHMETIC, COMPACT, AMSGRAD, MASTERS, AGES, False,
+        )  # fmt: skip
+
+
+def adamw_indexed_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    ages: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    compact_grads: bool = False,
+    found_inf: Tensor | None = None,
+    differentiable: bool = False,
+) -> None:
+    """See reference.adamw_indexed_. Launches as `adamw_`."""
+    del differentiable
+    for places in _groups(params, grads, indices):
+        flat = _Flat()
+        group, group_steps = flat(_pick(params, places)), _pick(steps, places)
+        group_grads, device = flat(_pick(grads, places), written=False), group[0].device
+        lists = _pick(indices, places)
+        clock = _Clock(group_steps, device, found_inf, lr, beta1, beta2, eps, weight_decay)
+        if clock.skipped:
+            continue
+        columns: dict[tl.constexpr, Any] = {
+            _PARAM: group,
+            _EXP_AVG: _pick(exp_avgs, places),
+            _EXP_AVG_SQ: _pick(exp_avg_sqs, places),
+            _MAX_EXP_AVG_SQ: _pick(max_exp_avg_sqs, places),
+            _INDICES: lists,
+            _MASTER: _pick(masters, places),
+            _AGE: _pick(ages, places),
+            _STEP: group_steps if clock.on_device else (),
+        }
+        double = group[0].dtype == torch.float64
+        with _on(device):
+            table = _table(device, columns, [where.numel() for where in lists], LISTED)
+            numbers, numbers_table = clock.numbers(
+                table, list(range(len(group))), as_table=double, with_ages=bool(ages)
+            )
+            if not table.programs:
+                continue
+            _adamw_indexed_kernel[(table.programs,)](
+                table.rows, table.owner, table.gradients(group_grads), numbers_table,
+                _scalar(grad_scale, device), _scalar(clock.found_inf, device),
+                *numbers, -1.0 if maximize else 1.0,
+                PARAM=_TL[group[0].dtype],
+                GRAD=_TL[group_grads[0].dtype],
+                INDEX=_TL[lists[0].dtype],
+                ARITHMETIC=tl.float64 if double else tl.float32,
+                COMPACT=compact_grads,
+                AMSGRAD=bool(max_exp_avg_sqs),
+                MASTERS=bool(masters),
+                AGES=bool(ages),
+                NUMBERS=numbers_table is not None,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        flat.write_back()
+
+
+# --- statistics and exact selection -----------------------------------------------------------------------
+
+
+@triton.jit
+def _count_bins(counts_ptr, base, window, zeros, zero_bin, BINS: tl.constexpr):
+    """Add what one program has counted of one row to memory."""
+    SHARED: tl.constexpr = _WINDOW if BINS > _WINDOW else BINS
+    bins = base + tl.arange(0, SHARED)
+    tl.atomic_add(counts_ptr + bins, window.to(tl.int64), mask=window != 0, sem="relaxed")
+    tl.atomic_add(counts_ptr + zero_bin, zeros.to(tl.int64), mask=zeros != 0, sem="relaxed")
+
+
+@triton.jit
+def _histogram_kernel(
+    table_ptr, owner_ptr, grads_ptr, scales_ptr, counts_ptr, prefixes_ptr, ties_ptr, tiles, per_program,
+    SCORE: tl.constexpr, STATISTIC: tl.constexpr, GRAD: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr, PER_TENSOR: tl.constexpr, ABSOLUTE: tl.constexpr,
+):  # fmt: skip
+    """Each program counts the bins of a run of tiles, and adds them up in memory when the row changes.
+
+    Counting every entry in memory would be bound by the bins that all entries fall into. So a program keeps
+    counts of its own for a window of bins that ends at the highest bin of its first tile, where the mass of a
+    sum of squares lies, and for exact zeros; only the rest is counted in memory entry by entry.
+    With KIND, the scores are statistics, and take their gradients first.
+    """
+    BITS: tl.constexpr = SCORE.primitive_bitwidth
+    BINS: tl.constexpr = 1 << WIDTH
+    SHARED: tl.constexpr = _WINDOW if BINS > _WINDOW else BINS
+    first = tl.program_id(0) * per_program
+    current = tl.full([], -1, tl.int64)
+    base = tl.full([], 0, tl.int32)
+    zeros = tl.full([], 0, tl.int32)
+    window = tl.zeros([SHARED], tl.int32)
+    # the bin of a score of zero in this round, if its key has the prefix
+    ZERO_BIN: tl.constexpr = ((1 << (BITS - 1)) >> SHIFT) & (BINS - 1) if ties_ptr is None else 0
+    for tile in range(first, tl.minimum(first + per_program, tiles)):
+        tensor = tl.load(owner_ptr + tile).to(tl.int64)
+        row_ptr = table_ptr + tensor * _COLUMNS
+        start = (tile - tl.load(row_ptr + _FIRST_TILE)) * _TILE
+        numel = tl.load(row_ptr + _NUMEL)
+        score_address = tl.load(row_ptr + _STATISTIC)
+        offs = start + tl.arange(0, _TILE)
+        in_range = offs < numel
+        aligned = tl.load(row_ptr + _ALIGNED) != 0
+        if KIND is not None:
+            grad_address = tl.load(grads_ptr + tensor)
+            scale = 1.0
+            if scales_ptr is not None:
+                scale = tl.load(scales_ptr + tensor)
+            nonfinite_ptr = tl.load(row_ptr + _NONFINITE).to(tl.pointer_type(tl.uint8))
+            if aligned & (grad_address % 16 == 0) & (start + _TILE <= numel):
+                total = _accumulate_block(
+                    tl.multiple_of(score_address.to(tl.pointer_type(STATISTIC)), 16),
+                    tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16),
+                    nonfinite_ptr, tl.multiple_of(start, _TILE) + tl.arange(0, _TILE), True, scale,
+                    KIND, scales_ptr is not None, True,
+                )  # fmt: skip
+            else:
+                total = _accumulate_block(
+                    score_address.to(tl.pointer_type(STATISTIC)), grad_address.to(tl.pointer_type(GRAD)),
+                    nonfinite_ptr, offs, in_range, scale, KIND, scales_ptr is not None, False,
+                )  # fmt: skip
+            if BITS == 16:
+                key, finite = _sort_key(total.to(tl.int16, bitcast=True).to(tl.int32) << 16, ABSOLUTE)
+                key = key >> 16
+            else:
+                key, finite = _sort_key(total.to(tl.int32, bitcast=True), ABSOLUTE)
+            finite = finite & in_range
+        elif aligned & (start + _TILE <= numel):
+            score_ptr = tl.multiple_of(score_address.to(tl.pointer_type(SCORE)), 16)
+            key, finite = _load_keys(
+                score_ptr, tl.multiple_of(start, _TILE) + tl.arange(0, _TILE), True, ABSOLUTE, BITS, True
+            )
+        else:
+            key, finite = _load_keys(
+                score_address.to(tl.pointer_type(SCORE)), offs, in_range, ABSOLUTE, BITS, False
+            )
+        prefix = tl.load(prefixes_ptr + tensor)
+        if ties_ptr is None:
+            counted = finite
+            # a shift by all bits has no meaning; then there is no prefix yet
+            if SHIFT + WIDTH < BITS:
+                counted = counted & ((key >> (SHIFT + WIDTH)) == prefix.to(tl.uint32))
+            bins = ((key >> SHIFT) & (BINS - 1)).to(tl.int32)
+        else:
+            index = _global_index(
+                offs, numel, tl.load(row_ptr + _OFFSET), tl.load(row_ptr + _INNER), tl.load(row_ptr + _STRIDE)
+            )
+            counted = finite & (key.to(tl.int64) == tl.load(ties_ptr + tensor))
+            counted = counted & ((index >> (SHIFT + WIDTH)) == prefix)
+            bins = ((index >> SHIFT) & (BINS - 1)).to(tl.int32)
+        if BINS == 1:
+            row = tensor if PER_TENSOR else tensor * 0
+            found = tl.sum(counted.to(tl.int32), 0)
+            tl.atomic_add(counts_ptr + row, found.to(tl.int64), mask=found != 0, sem="relaxed")
+        else:
+            row = tensor if PER_TENSOR else tensor * 0
+            if row != current:
+                if current >= 0:
+                    _count_bins(counts_ptr + current * BINS, base, window, zeros, ZERO_BIN, BINS)
+                highest = tl.max(tl.where(counted, bins, 0), 0)
+                base = tl.maximum(highest - (SHARED - 1), 0)
+                window = tl.zeros([SHARED], tl.int32)
+                zeros = tl.full([], 0, tl.int32)
+                current = row
+            local = bins - base
+            inside = counted & (local >= 0) & (local < SHARED)
+            window += tl.histogram(tl.where(inside, local, 0), SHARED, mask=inside)
+            outside = counted & (inside == 0)
+            if BINS > SHARED:
+                at_zero = outside & (bins == ZERO_BIN)
+                zeros += tl.sum(at_zero.to(tl.int32), 0)
+                outside = outside & (at_zero == 0)
+                one = tl.full([_TILE], 1, tl.int64)
+                tl.atomic_add(counts_ptr + row * BINS + bins, one, mask=outside, sem="relaxed")
+    if BINS > 1:
+        if current >= 0:
+            _count_bins(counts_ptr + current * BINS, base, window, zeros, ZERO_BIN, BINS)
+
+
+@triton.jit
+def _accumulate_block(
+    statistic_ptr, grad_ptr, nonfinite_ptr, offs, in_range, scale,
+    KIND: tl.constexpr, SCALED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Add gradients to statistics; returns the new ones as they are stored."""
+    grad = _load(grad_ptr, offs, in_range, FULL).to(tl.float32)
+    if SCALED:
+        grad = grad * scale
+    value, finite = _contribution(grad, KIND)
+    total = _load(statistic_ptr, offs, in_range, FULL).to(tl.float32) + value
+    total = _stored(total, statistic_ptr.dtype.element_ty)
+    _store(statistic_ptr, offs, total, in_range, FULL)
+    spoiled = tl.where(finite, 0, 1)
+    if not FULL:
+        spoiled = tl.where(in_range, spoiled, 0)
+    _raise_flag(nonfinite_ptr, spoiled)
+    return total
+
+
+@triton.jit
+def _accumulate_kernel(
+    table_ptr, owner_ptr, grads_ptr, scales_ptr,
+    STATISTIC: tl.constexpr, GRAD: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """One program adds one tile of a gradient."""
+    tensor = tl.load(owner_ptr + tl.program_id(0)).to(tl.int64)
+    row_ptr = table_ptr + tensor * _COLUMNS
+    start = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _TILE
+    numel, statistic_address = tl.load(row_ptr + _NUMEL), tl.load(row_ptr + _STATISTIC)
+    nonfinite_ptr = tl.load(row_ptr + _NONFINITE).to(tl.pointer_type(tl.uint8))
+    grad_address = tl.load(grads_ptr + tensor)
+    scale = 1.0
+    if scales_ptr is not None:
+        scale = tl.load(scales_ptr + tensor)
+    aligned = (tl.load(row_ptr + _ALIGNED) != 0) & (grad_address % 16 == 0)
+    offs = start + tl.arange(0, _TILE)
+    if aligned & (start + _TILE <= numel):
+        _accumulate_block(
+            tl.multiple_of(statistic_address.to(tl.pointer_type(STATISTIC)), 16),
+            tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16),
+            nonfinite_ptr, tl.multiple_of(start, _TILE) + tl.arange(0, _TILE), True, scale,
+            KIND, scales_ptr is not None, True,
+        )  # fmt: skip
+    else:
+        _accumulate_block(
+            statistic_address.to(tl.pointer_type(STATISTIC)), grad_address.to(tl.pointer_type(GRAD)),
+            nonfinite_ptr, offs, offs < numel, scale, KIND, scales_ptr is not None, False,
+        )  # fmt: skip
+
+
+def accumulate_(
+    statistics: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    nonfinite: Sequence[Tensor],
+    *,
+    kind: str,
+    grad_scales: Sequence[Tensor] | None = None,
+    first_counts: Tensor | None = None,
+    absolute: bool = False,
+) -> None:
+    """See reference.accumulate_. One launch per device and combination of dtypes."""
+    for places in _groups(statistics, grads):
+        flat = _Flat()
+        group, group_grads = flat(_pick(statistics, places)), flat(_pick(grads, places), written=False)
+        device, lengths = group[0].device, [s.numel() for s in group]
+        columns = {_STATISTIC: group, _NONFINITE: _pick(nonfinite, places)}
+        with _on(device):
+            table = _table(device, columns, lengths)
+            if not table.programs:
+                continue
+            addresses = table.gradients(group_grads)
+            scales = _stacked(grad_scales, places, device)
+            dtypes = _TL[group[0].dtype], _TL[group_grads[0].dtype]
+            if first_counts is None:
+                _accumulate_kernel[(table.programs,)](
+                    table.rows, table.owner, addresses, scales, *dtypes, _KINDS[kind].value,
+                    num_warps=WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
+            else:
+                per_tensor = first_counts.shape[0] == len(statistics)
+                counts = first_counts
+                if per_tensor and len(places) < len(statistics):
+                    counts = torch.zeros_like(first_counts[places])
+                _launch_histogram(
+                    table, group, counts, torch.zeros(len(group), dtype=torch.int64, device=device), None,
+                    shift=key_bits(group[0]) - FIRST_WIDTH, width=FIRST_WIDTH, per_tensor=per_tensor,
+                    absolute=absolute, grads=addresses, scales=scales, grad=dtypes[1], kind=kind,
+                )  # fmt: skip
+                if counts is not first_counts:
+                    first_counts[places] += counts
+        flat.write_back()
+
+
+def _launch_histogram(
+    table: _Table,
+    scores: Sequence[Tensor],
+    counts: Tensor,
+    prefixes: Tensor,
+    ties: Tensor | None,
+    *,
+    shift: int,
+    width: int,
+    per_tensor: bool,
+    absolute: bool,
+    grads: Tensor | None = None,
+    scales: Tensor | None = None,
+    grad: tl.dtype = tl.float32,
+    kind: str | None = None,
+) -> None:
+    per_program = max(1, -(-table.programs // COUNTING_PROGRAMS))
+    _histogram_kernel[(-(-table.programs // per_program),)](
+        table.rows, table.owner, grads, scales, counts, prefixes, ties, table.programs, per_program,
+        SCORE=_INTEGERS[scores[0].element_size()],
+        STATISTIC=_TL[scores[0].dtype],
+        GRAD=grad,
+        KIND=None if kind is None else _KINDS[kind].value,
+        SHIFT=shift,
+        WIDTH=width,
+        PER_TENSOR=per_tensor,
+        ABSOLUTE=absolute,
+        num_warps=2 * WARPS,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def histogram(
+    scores: Sequence[Tensor],
+    *,
+    shift: int,
+    width: int,
+    prefixes: Tensor,
+    per_tensor: bool,
+    absolute: bool = False,
+    ties: Tensor | None = None,
+    geometries: Sequence[Geometry] | None = None,
+) -> Tensor:
+    """See reference.histogram. One launch per device."""
+    device = scores[0].device if scores else torch.device("cpu")
+    counts = torch.zeros(len(scores) if per_tensor else 1, 1 << width, dtype=torch.int64, device=device)
+    for places in _groups(scores):
+        group = _Flat()(_pick(scores, places), written=False)
+        here, everyone = group[0].device, len(places) == len(scores)
+        columns: dict[tl.constexpr, Any] = {_STATISTIC: group} | _places_columns(places, geometries)
+        part = counts if everyone else torch.zeros(len(places), 1 << width, dtype=torch.int64, device=here)
+        first = _of(prefixes, places, here)
+        tied = None if ties is None else _of(ties, places, here)
+        with _on(here):
+            table = _table(here, columns, [score.numel() for score in group])
+            if not table.programs:
+                continue
+            _launch_histogram(
+                table, group, part, first, tied,
+                shift=shift, width=width, per_tensor=per_tensor or not everyone, absolute=absolute,
+            )  # fmt: skip
+        if not everyone:
+            part = part.to(device)
+            counts = (
+                counts.index_add_(0, torch.tensor(places, device=device), part)
+                if per_tensor
+                else (counts + part.sum(0, keepdim=True))
+            )
+    return counts
+
+
+@triton.jit
+def _compact_kernel(
+    table_ptr, owner_ptr, cut_keys_ptr, last_ties_ptr, tile_counts_ptr, tile_ends_ptr, results_ptr,
+    SCORE: tl.constexpr, ABSOLUTE: tl.constexpr, RESULT: tl.constexpr, LISTING: tl.constexpr,
+):  # fmt: skip
+    """Counts the selected entries of a tile (results_ptr None), or writes them: as a list behind those of
+    the tiles before, or as bits.
+    """
+    BITS: tl.constexpr = SCORE.primitive_bitwidth
+    tile = tl.program_id(0)
+    tensor = tl.load(owner_ptr + tile).to(tl.int64)
+    row_ptr = table_ptr + tensor * _COLUMNS
+    first_tile = tl.load(row_ptr + _FIRST_TILE)
+    start = (tile - first_tile) * _TILE
+    numel, address = tl.load(row_ptr + _NUMEL), tl.load(row_ptr + _STATISTIC)
+    cut_key, last_tie = tl.load(cut_keys_ptr + tensor), tl.load(last_ties_ptr + tensor)
+    offs = start + tl.arange(0, _TILE)
+    if (tl.load(row_ptr + _ALIGNED) != 0) & (start + _TILE <= numel):
+        score_ptr = tl.multiple_of(address.to(tl.pointer_type(SCORE)), 16)
+        key, finite = _load_keys(
+            score_ptr, tl.multiple_of(start, _TILE) + tl.arange(0, _TILE), True, ABSOLUTE, BITS, True
+        )
+    else:
+        key, finite = _load_keys(
+            address.to(tl.pointer_type(SCORE)), offs, offs < numel, ABSOLUTE, BITS, False
+        )
+    index = _global_index(
+        offs, numel, tl.load(row_ptr + _OFFSET), tl.load(row_ptr + _INNER), tl.load(row_ptr + _STRIDE)
+    )
+    selected = _above(key, finite, index, cut_key, last_tie)
+    if results_ptr is None:
+        tl.store(tile_counts_ptr + tile, tl.sum(selected.to(tl.int32), 0))
+    else:
+        result_ptr = tl.load(results_ptr + tensor).to(tl.pointer_type(RESULT))
+        if LISTING:
+            # the ends of tiles count through all tensors; a list begins behind the tensors before
+            before = tl.load(tile_ends_ptr + tile) - tl.load(tile_counts_ptr + tile)
+            before -= tl.load(tile_ends_ptr + first_tile) - tl.load(tile_counts_ptr + first_tile)
+            places = before + tl.cumsum(selected.to(tl.int32), 0) - 1
+            tl.store(result_ptr + places, offs.to(RESULT), mask=selected)
+        else:
+            rows = tl.reshape(selected.to(tl.int32), [_TILE // 32, 32])
+            words = tl.sum(rows << tl.arange(0, 32)[None, :], 1)
+            place = start // 32 + tl.arange(0, _TILE // 32)
+            tl.store(result_ptr + place, words, mask=place < (numel + 31) // 32)
+
+
+def _launch_compact(
+    table: _Table,
+    cut_keys: Tensor,
+    last_ties: Tensor,
+    score: tl.dtype,
+    absolute: bool,
+    *,
+    counts: Tensor | None = None,
+    ends: Tensor | None = None,
+    results: Tensor | None = None,
+    dtype: tl.dtype = tl.int32,
+) -> None:
+    if table.programs:
+        _compact_kernel[(table.programs,)](
+            table.rows, table.owner, cut_keys, last_ties, counts, ends, results,
+            score, absolute, dtype, counts is not None, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def compact(
+    scores: Sequence[Tensor],
+    *,
+    cuts: Cuts,
+    as_bits: bool,
+    absolute: bool = False,
+    geometries: Sequence[Geometry] | None = None,
+) -> list[Tensor]:
+    """See reference.compact. One launch per device for bits; two for lists, and one read of their lengths."""
+    results: list[Tensor] = [torch.empty(0)] * len(scores)
+    for places in _groups(scores):
+        group = _Flat()(_pick(scores, places), written=False)
+        device, lengths = group[0].device, [score.numel() for score in group]
+        columns: dict[tl.constexpr, Any] = {_STATISTIC: group} | _places_columns(places, geometries)
+        cut_keys, last_ties = (_of(column, places, device) for column in cuts)
+        with _on(device):
+            table = _table(device, columns, lengths)
+            launch = functools.partial(
+                _launch_compact, table, cut_keys, last_ties, _INTEGERS[group[0].element_size()], absolute
+            )
+            if as_bits:
+                found = [torch.empty(-(-n // 32) * 4, dtype=torch.uint8, device=device) for n in lengths]
+                launch(results=table.gradients(found))
+            else:
+                counts = torch.empty(table.programs, dtype=torch.int32, device=device)
+                launch(counts=counts)
+                ends = counts.cumsum(0)
+                last_tiles = _to_device(torch.tensor(table.tiles).cumsum(0), device)
+                list_ends = torch.cat([ends.new_zeros(1), ends])[last_tiles].tolist()
+                dtype = index_dtype(max(lengths))
+                found = [
+                    torch.empty(end - begin, dtype=dtype, device=device)
+                    for begin, end in zip([0, *list_ends], list_ends, strict=False)
+                ]
+                launch(counts=counts, ends=ends, results=table.gradients(found), dtype=_TL[dtype])
+                # a list is as wide as its own tensor needs
+                found = [f.to(index_dtype(n)) for f, n in zip(found, lengths, strict=True)]
+        for place, result in zip(places, found, strict=True):
+            results[place] = result
+    return results
+
+
+# --- compact state, gradients and weights -----------------------------------------------------------------
+
+
+@triton.jit
+def _remap_kernel(
+    table_ptr, owner_ptr, searches: tl.int32, INDEX: tl.constexpr, VALUE: tl.constexpr
+):  # fmt: skip
+    """Finds each entry of a new list in the old one, and copies its value, or zero."""
+    tensor = tl.load(owner_ptr + tl.program_id(0)).to(tl.int64)
+    row_ptr = table_ptr + tensor * _COLUMNS
+    start = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _LISTED
+    offs = start + tl.arange(0, _LISTED)
+    in_range = offs < tl.load(row_ptr + _NUMEL)
+    new_ptr = tl.load(row_ptr + _INDICES).to(tl.pointer_type(INDEX))
+    old_ptr = tl.load(row_ptr + _PARAM).to(tl.pointer_type(INDEX))
+    old_count = tl.load(row_ptr + _OFFSET)
+    wanted = tl.load(new_ptr + offs, mask=in_range, other=0)
+    low = tl.zeros([_LISTED], tl.int64)
+    high = low + old_count
+    for _ in range(searches):
+        middle = (low + high) // 2
+        open = low < high
+        below = tl.load(old_ptr + middle, mask=open, other=0) < wanted
+        low = tl.where(open & below, middle + 1, low)
+        high = tl.where(open & (below == 0), middle, high)
+    found = in_range & (low < old_count)
+    found = found & (tl.load(old_ptr + low, mask=found, other=0) == wanted)
+    source_ptr = tl.load(row_ptr + _EXP_AVG).to(tl.pointer_type(VALUE))
+    target_ptr = tl.load(row_ptr + _EXP_AVG_SQ).to(tl.pointer_type(VALUE))
+    tl.store(target_ptr + offs, tl.load(source_ptr + low, mask=found, other=0), mask=in_range)
+
+
+def remap_(
+    olds: Sequence[Tensor], news: Sequence[Tensor], states: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor]]:
+    """See reference.remap_. One launch per device, dtype of the lists and size of a state's entries."""
+    results = [
+        [torch.empty(new.numel(), dtype=state.dtype, device=state.device) for state in columns]
+        for new, columns in zip(news, states, strict=True)
+    ]
+    pairs = [(i, j) for i, columns in enumerate(states) for j in range(len(columns))]
+    kinds: dict[tuple[object, ...], list[tuple[int, int]]] = {}
+    for i, j in pairs:
+        kinds.setdefault((news[i].device, news[i].dtype, states[i][j].element_size()), []).append((i, j))
+    for chosen in kinds.values():
+        first = news[chosen[0][0]]
+        sizes = [olds[i].numel() for i, _ in chosen]
+        columns: dict[tl.constexpr, Any] = {
+            _PARAM: [olds[i] for i, _ in chosen],
+            _INDICES: [news[i] for i, _ in chosen],
+            _EXP_AVG: [states[i][j] for i, j in chosen],
+            _EXP_AVG_SQ: [results[i][j] for i, j in chosen],
+            _OFFSET: sizes,
+        }
+        with _on(first.device):
+            table = _Table(
+                first.device, _as_numbers(columns), tuple(news[i].numel() for i, _ in chosen), LISTED
+            )
+            if table.programs:
+                value = _INTEGERS[states[chosen[0][0]][chosen[0][1]].element_size()]
+                _remap_kernel[(table.programs,)](
+                    table.rows, table.owner, max(sizes).bit_length(), _TL[first.dtype], value, num_warps=WARPS
+                )
+    return results
+
+
+@triton.jit
+def _gather_kernel(
+    table_ptr, owner_ptr, tensors_ptr, BUFFER: tl.constexpr, VALUE: tl.constexpr, INDEX: tl.constexpr
+):  # fmt: skip
+    """Adds the listed entries of a tensor to its buffer."""
+    tensor = tl.load(owner_ptr + tl.program_id(0)).to(tl.int64)
+    row_ptr = table_ptr + tensor * _COLUMNS
+    offs = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _LISTED + tl.arange(0, _LISTED)
+    in_range = offs < tl.load(row_ptr + _NUMEL)
+    index_ptr = tl.load(row_ptr + _INDICES).to(tl.pointer_type(INDEX))
+    buffer_ptr = tl.load(row_ptr + _EXP_AVG).to(tl.pointer_type(BUFFER))
+    value_ptr = tl.load(tensors_ptr + tensor).to(tl.pointer_type(VALUE))
+    index = tl.load(index_ptr + offs, mask=in_range, other=0).to(tl.int64)
+    value = tl.load(value_ptr + index, mask=in_range, other=0).to(BUFFER)
+    tl.store(buffer_ptr + offs, tl.load(buffer_ptr + offs, mask=in_range, other=0) + value, mask=in_range)
+
+
+def gather_(buffers: Sequence[Tensor], tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    """See reference.gather_. One launch per device and combination of dtypes."""
+    for places in _groups(buffers, tensors, indices):
+        flat, lists = _Flat(), _pick(indices, places)
+        group, sources = flat(_pick(buffers, places)), flat(_pick(tensors, places), written=False)
+        device = group[0].device
+        with _on(device):
+            table = _table(
+                device, {_INDICES: lists, _EXP_AVG: group}, [where.numel() for where in lists], LISTED
+            )
+            if table.programs:
+                _gather_kernel[(table.programs,)](
+                    table.rows, table.owner, table.gradients(sources),
+                    _TL[group[0].dtype], _TL[sources[0].dtype], _TL[lists[0].dtype], num_warps=WARPS,
+                )  # fmt: skip
+        flat.write_back()
+
+
+@triton.jit(do_not_specialize=["draw", "last_word", "any_word", "seed"])
+def _norm_kernel(
+    table_ptr, owner_ptr, grads_ptr, sums_ptr, seed: tl.uint64, draw: tl.uint32, last_word: tl.uint32,
+    any_word: tl.int32,
+    GRAD: tl.constexpr, MASK: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """The sum of squares of one tile's selected entries, float64. With INDEX, of listed ones."""
+    tile = tl.program_id(0)
+    tensor = tl.load(owner_ptr + tile).to(tl.int64)
+    row_ptr = table_ptr + tensor * _COLUMNS
+    first_tile, numel = tl.load(row_ptr + _FIRST_TILE), tl.load(row_ptr + _NUMEL)
+    mask_address, grad_address = tl.load(row_ptr + _MASK), tl.load(grads_ptr + tensor)
+    if INDEX is not None:
+        offs = (tile - first_tile) * _LISTED + tl.arange(0, _LISTED)
+        in_range = offs < numel
+        index = tl.load(mask_address.to(tl.pointer_type(INDEX)) + offs, mask=in_range, other=0).to(tl.int64)
+        value = tl.load(grad_address.to(tl.pointer_type(GRAD)) + index, mask=in_range, other=0)
+        value = value.to(tl.float64)
+        tl.store(sums_ptr + tile, tl.sum(value * value, 0))
+    else:
+        start = (tile - first_tile) * _TILE
+        offset, inner = tl.load(row_ptr + _OFFSET), tl.load(row_ptr + _INNER)
+        stride, key = tl.load(row_ptr + _STRIDE), tl.load(row_ptr + _KEY).to(tl.uint32)
+        seed, draw = tl.full([], seed, tl.uint64), tl.full([], draw, tl.uint32)
+        last_word = tl.full([], last_word, tl.uint32)
+        drawn = True
+        if MASK == _ONE_WORD:
+            zero = tl.zeros([], tl.uint32)
+            decisive, _, _, _ = tl.philox(seed, zero, zero, zero + draw, zero + key)
+            drawn = (decisive <= last_word) & (any_word != 0)
+        aligned = (tl.load(row_ptr + _ALIGNED) != 0) & (grad_address % 16 == 0)
+        if aligned & (start + _TILE <= numel):
+            grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16)
+            locals = tl.multiple_of(start, _TILE) + tl.arange(0, _TILES).to(tl.int64) * 1024
+            if MASK == _SEEDED:
+                globals = _global_index(locals, numel, offset, inner, stride)
+                w0, w1, w2, w3 = _tile_words(globals, seed, draw, key)
+            squares = tl.zeros([_TILES, 256], tl.float64)
+            for quarter in tl.static_range(4):
+                within = tl.arange(0, 256) + quarter * 256
+                offs = locals[:, None] + within[None, :]
+                value = tl.load(grad_ptr + offs).to(tl.float64)
+                if MASK == _SEEDED:
+                    word = w0 if quarter == 0 else w1 if quarter == 1 else w2 if quarter == 2 else w3
+                    value = tl.where((word <= last_word) & (any_word != 0), value, 0.0)
+                elif MASK == _BITS:
+                    packed = tl.load(mask_address.to(tl.pointer_type(tl.uint8)) + offs // 8)
+                    value = tl.where((packed >> (within % 8)[None, :].to(tl.uint8)) & 1 != 0, value, 0.0)
+                elif MASK == _ONE_WORD:
+                    value = tl.where(drawn, value, 0.0)
+                squares += value * value
+            tl.store(sums_ptr + tile, tl.sum(tl.sum(squares, 1), 0))
+        else:
+            squares_block = tl.zeros([1024], tl.float64)
+            for block in range(_TILES):
+                offs = start + block * 1024 + tl.arange(0, 1024)
+                in_range = offs < numel
+                value = tl.load(grad_address.to(tl.pointer_type(GRAD)) + offs, mask=in_range, other=0)
+                value = value.to(tl.float64)
+                if MASK == _SEEDED:
+                    word = _word(_global_index(offs, numel, offset, inner, stride), seed, draw, key)
+                    value = tl.where((word <= last_word) & (any_word != 0), value, 0.0)
+                elif MASK == _BITS:
+                    packed = tl.load(
+                        mask_address.to(tl.pointer_type(tl.uint8)) + offs // 8, mask=in_range, other=0
+                    )
+                    value = tl.where((packed >> (offs % 8).to(tl.uint8)) & 1 != 0, value, 0.0)
+                elif MASK == _ONE_WORD:
+                    value = tl.where(drawn, value, 0.0)
+                squares_block += value * value
+            tl.store(sums_ptr + tile, tl.sum(squares_block, 0))
+
+
+def norm(
+    grads: Sequence[Tensor],
+    *,
+    indices: Sequence[Tensor] | None = None,
+    geometries: Sequence[Geometry] | None = None,
+    bits: Sequence[Tensor] | None = None,
+    seeded: Draws | None = None,
+) -> Tensor:
+    """See reference.norm. One launch per device and combination of dtypes; tiles are added up in a fixed
+    order, so that the result does not change from run to run.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
+    masks = indices if indices is not None else bits if bits is not None else ()
+    mask = _EVERYTHING if indices is not None or bits is None else _BITS
+    if seeded is not None:
+        mask = _ONE_WORD if seeded.one_word else _SEEDED
+    for places in _groups(grads, masks):
+        group, chosen = _Flat()(_pick(grads, places), written=False), _pick(masks, places)
+        device, key = group[0].device, None if seeded is None else seeded.keys
+        columns: dict[tl.constexpr, Any] = {_MASK: chosen} | _places_columns(places, geometries, key=key)
+        lengths = [t.numel() for t in (group if indices is None else chosen)]
+        with _on(device):
+            table = _table(device, columns, lengths, TILE if indices is None else LISTED)
+            if table.programs:
+                sums = torch.empty(table.programs, dtype=torch.float64, device=device)
+                _norm_kernel[(table.programs,)](
+                    table.rows, table.owner, table.gradients(group), sums, *_drawn(seeded),
+                    GRAD=_TL[group[0].dtype],
+                    MASK=mask.value,
+                    INDEX=None if indices is None else _TL[chosen[0].dtype],
+                    num_warps=WARPS,
+                )  # fmt: skip
+                total += sums.sum().to(total.device)
+    return total
+
+
+@triton.jit
+def _apply_delta_kernel(
+    table_ptr, owner_ptr, VALUE: tl.constexpr, INDEX: tl.constexpr, MODE: tl.constexpr
+):  # fmt: skip
+    """Writes listed entries of one tensor."""
+    tensor = tl.load(owner_ptr + tl.program_id(0)).to(tl.int64)
+    row_ptr = table_ptr + tensor * _COLUMNS
+    offs = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _LISTED + tl.arange(0, _LISTED)
+    in_range = offs < tl.load(row_ptr + _NUMEL)
+    index_ptr = tl.load(row_ptr + _INDICES).to(tl.pointer_type(INDEX))
+    value_ptr = tl.load(row_ptr + _EXP_AVG).to(tl.pointer_type(VALUE))
+    index = tl.load(index_ptr + offs, mask=in_range, other=0).to(tl.int64)
+    param_ptr = tl.load(row_ptr + _PARAM).to(tl.pointer_type(VALUE)) + index
+    value = tl.load(value_ptr + offs, mask=in_range, other=0)
+    if MODE == _XOR:
+        value = value ^ tl.load(param_ptr, mask=in_range, other=0)
+    elif MODE == _ADD:
+        old = tl.load(param_ptr, mask=in_range, other=0)
+        if VALUE == tl.float64:
+            value = old + value
+        else:
+            value = _stored(old.to(tl.float32) + value.to(tl.float32), VALUE)
+    tl.store(param_ptr, value, mask=in_range)
+
+
+def apply_delta_(
+    params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], *, mode: str = "replace"
+) -> None:
+    """See reference.apply_delta_. One launch per device and combination of dtypes."""
+    for places in _groups(params, indices):
+        flat, lists = _Flat(), _pick(indices, places)
+        group, sources = flat(_pick(params, places)), flat(_pick(values, places), written=False)
+        device = group[0].device
+        # only an addition needs to know what the bits mean
+        value = _TL[group[0].dtype] if mode == "add" else _INTEGERS[group[0].element_size()]
+        columns = {_PARAM: group, _INDICES: lists, _EXP_AVG: sources}
+        with _on(device):
+            table = _table(device, columns, [where.numel() for where in lists], LISTED)
+            if table.programs:
+                _apply_delta_kernel[(table.programs,)](
+                    table.rows, table.owner, value, _TL[lists[0].dtype], _MODES[mode].value, num_warps=WARPS
+                )
+        flat.write_back()
