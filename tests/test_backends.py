@@ -223,6 +223,8 @@ LAYOUTS = [
     Layout((129, 33), state="transposed", grad="expanded"),
     Layout((3, 2051), param="aligned", state="aligned", grad="aligned"),
     Layout((4096,), param="aligned", state="aligned", grad="contiguous"),
+    Layout((5000,), param="aligned", state="aligned", grad="aligned"),
+    Layout((5000,), param="aligned", state="aligned", grad="aligned"),
 ]
 
 
@@ -411,6 +413,8 @@ def make_selection(rng, form, numels):
         return {"bits": [packed(mask) for mask in masks]}, masks
     # every other tensor is a shard: two runs of entries in a larger tensor
     geometries = [whole(n) if i % 2 else (7 + i * 1024, max(n // 2, 1), n + 3) for i, n in enumerate(numels)]
+    # one whose tiles of 1024 entries stay whole
+    geometries[-2] = (3072, 1024, 5120)
     if form == "seeded":
         keys = [int(k) for k in rng.integers(2**32, size=len(numels))]
         seeded = Draws(0x0123456789ABCDEF, 5, int(0.3 * 2**32), keys)
@@ -1265,7 +1269,7 @@ def check_selection(backend, scores, density, scope="global", absolute=False):
 
 def scores_of(kind, dtype):
     rng = np.random.default_rng(13)
-    shapes = [(31,), (), (0,), (20, 30), (1025,), (1,), (7, 5, 3)]
+    shapes = [(31,), (), (0,), (20, 30), (1025,), (1,), (7, 5, 3), (2, 2100)]
 
     def each(make):
         return [torch.from_numpy(np.asarray(make(shape), dtype=np.float32)).to(dtype) for shape in shapes]
@@ -1421,6 +1425,8 @@ def check_histogram(backend, dtype, absolute, per_tensor):
     """Counts by bits of the sort keys, and of the global indices among ties."""
     scores = scores_of("not_finite", dtype) + scores_of("tied", dtype) + scores_of("signed_zeros", dtype)
     geometries = [(3 + i, max(s.numel() // 3, 1), s.numel() + 5) for i, s in enumerate(scores)]
+    # where tiles of 1024 entries stay whole
+    geometries[7], geometries[15], geometries[-1] = (0, 4200, 4200), (1024, 2048, 4096), (2048, 5000, 5000)
     bits = 16 if dtype == BF16 else 32
     ranked = [sort_keys(s, absolute) for s in scores]
     tie = int(sort_keys(torch.ones(1, dtype=dtype))[0][0])
@@ -1473,8 +1479,10 @@ def test_histogram_counts_every_finite_key_once(backend, dtype, absolute, per_te
 def check_compact(backend, dtype, absolute):
     scores = scores_of("not_finite", dtype) + scores_of("tied", dtype) + scores_of("signed_zeros", dtype)
     geometries = [(3 + i, max(s.numel() // 3, 1), s.numel() + 5) for i, s in enumerate(scores)]
+    # where tiles of 1024 entries stay whole
+    geometries[7], geometries[15], geometries[-1] = (0, 4200, 4200), (1024, 2048, 4096), (2048, 5000, 5000)
     zero, one = (int(sort_keys(torch.full((1,), x, dtype=dtype))[0][0]) for x in (0.0, 1.0))
-    lasts = [EVERY_TIE, -1, 40, 300]
+    lasts = [EVERY_TIE, -1, 40, 3200]
     for key in (zero, one):
         cuts = [(BEYOND_ALL_KEYS, -1) if i == 3 else (key, lasts[i % 4]) for i in range(len(scores))]
         expected = [

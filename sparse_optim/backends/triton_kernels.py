@@ -309,10 +309,17 @@ def _load_keys(score_ptr, offs, in_range, absolute: tl.constexpr, bits: tl.const
 
 
 @triton.jit
-def _above(key, finite, index, cut_key, last_tie):
-    """Which entries pass an exact threshold. cut_key and last_tie: int64."""
-    key = key.to(tl.int64)
-    return finite & ((key > cut_key) | ((key == cut_key) & (index <= last_tie)))
+def _threshold(cut_key):
+    """A cut's key as uint32, and whether entries equal to it may pass: a cut beyond all keys selects nothing."""
+    reachable = cut_key < (1 << 32)
+    return tl.where(reachable, cut_key, 0xFFFFFFFF).to(tl.uint32), reachable
+
+
+@triton.jit
+def _ties_within(start, last_tie, reachable):
+    """The last place, counted from the global index `start`, at which a tie passes: int32, -1 for none."""
+    limit = tl.minimum(tl.maximum(last_tie - start, -1), 1 << 30).to(tl.int32)
+    return tl.where(reachable, limit, -1)
 
 
 @triton.jit
@@ -431,8 +438,6 @@ def _adamw_block(
             seen = seen * statistic_scale
         seen, finite = _contribution(seen, KIND)
         spoiled = tl.where(finite, 0, 1)
-        if not FULL:
-            spoiled = tl.where(in_range, spoiled, 0)
         total = _load(statistic_ptr, offs, in_range, FULL).to(tl.float32) + seen
         _store(statistic_ptr, offs, _stored(total, statistic_ptr.dtype.element_ty), in_range, FULL)
     grad = stored_grad.to(ARITHMETIC) * sign
@@ -521,9 +526,9 @@ def _adamw_kernel(
     statistic_scale = 1.0
     if statistic_scales_ptr is not None:
         statistic_scale = tl.load(statistic_scales_ptr + tensor)
-    cut_key, last_tie = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
     if MASK == _SCORES:
-        cut_key, last_tie = tl.load(cut_keys_ptr + tensor), tl.load(last_ties_ptr + tensor)
+        cut_key, reachable = _threshold(tl.load(cut_keys_ptr + tensor))
+        last_tie = tl.load(last_ties_ptr + tensor)
 
     drawn = True
     if MASK == _ONE_WORD:
@@ -539,23 +544,28 @@ def _adamw_kernel(
     aligned = (tl.load(row_ptr + _ALIGNED) != 0) & (grad_address % 16 == 0)
     if aligned & (start + _TILE <= numel):
         # the hint belongs to the cast, which is why each branch has casts of its own
-        param_ptr = tl.multiple_of(param_address.to(tl.pointer_type(PARAM)), 16)
-        grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16)
-        exp_avg_ptr = tl.multiple_of(exp_avg_address.to(tl.pointer_type(EXP_AVG)), 16)
-        exp_avg_sq_ptr = tl.multiple_of(exp_avg_sq_address.to(tl.pointer_type(EXP_AVG_SQ)), 16)
-        largest_ptr = tl.multiple_of(largest_address.to(tl.pointer_type(MAX_EXP_AVG_SQ)), 16)
-        statistic_ptr = tl.multiple_of(statistic_address.to(tl.pointer_type(STATISTIC)), 16)
+        begin = tl.multiple_of(start, _TILE)
+        param_ptr = tl.multiple_of(param_address.to(tl.pointer_type(PARAM)), 16) + begin
+        grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16) + begin
+        exp_avg_ptr = tl.multiple_of(exp_avg_address.to(tl.pointer_type(EXP_AVG)), 16) + begin
+        exp_avg_sq_ptr = tl.multiple_of(exp_avg_sq_address.to(tl.pointer_type(EXP_AVG_SQ)), 16) + begin
+        largest_ptr = tl.multiple_of(largest_address.to(tl.pointer_type(MAX_EXP_AVG_SQ)), 16) + begin
+        statistic_ptr = tl.multiple_of(statistic_address.to(tl.pointer_type(STATISTIC)), 16) + begin
         mask_ptr = tl.multiple_of(mask_address.to(tl.pointer_type(SCORE)), 16)
-        locals = tl.multiple_of(start, _TILE) + tl.arange(0, _TILES).to(tl.int64) * 1024
-        globals = _global_index(locals, numel, offset, inner, stride)
+        mask_ptr += begin // 8 if MASK == _BITS else begin
+        tiles = tl.arange(0, _TILES)
+        # of the first entry of each tile of 1024
+        globals = _global_index(begin + tiles.to(tl.int64) * 1024, numel, offset, inner, stride)
         if MASK == _SEEDED:
             w0, w1, w2, w3 = _tile_words(globals, seed, draw, key)
+        if MASK == _SCORES:
+            limits = _ties_within(globals, last_tie, reachable)
         if ROUNDED:
             r0, r1, r2, r3 = _tile_words(globals, rounding_seed, rounding_draw, rounding_key)
         spoiled_tile = tl.zeros([_TILES, 256], tl.int32)
         for quarter in tl.static_range(4):
             within = tl.arange(0, 256) + quarter * 256
-            offs = locals[:, None] + within[None, :]
+            offs = tiles[:, None] * 1024 + within[None, :]
             selected = True
             if MASK == _SEEDED:
                 word = w0 if quarter == 0 else w1 if quarter == 1 else w2 if quarter == 2 else w3
@@ -564,8 +574,8 @@ def _adamw_kernel(
                 selected = (tl.load(mask_ptr + offs // 8) >> (within % 8)[None, :].to(tl.uint8)) & 1 != 0
             elif MASK == _SCORES:
                 score_key, finite = _load_keys(mask_ptr, offs, True, False, SCORE.primitive_bitwidth, True)
-                index = globals[:, None] + within[None, :]
-                selected = _above(score_key, finite, index, cut_key, last_tie)
+                tied = (score_key == cut_key) & (within[None, :] <= limits[:, None])
+                selected = finite & ((score_key > cut_key) | tied)
             elif MASK == _ONE_WORD:
                 selected = drawn
             rounding_word = 0
@@ -602,7 +612,8 @@ def _adamw_kernel(
                 score_key, finite = _load_keys(
                     mask_ptr, offs, in_range, False, SCORE.primitive_bitwidth, False
                 )
-                selected = _above(score_key, finite, index, cut_key, last_tie)
+                tied = (score_key == cut_key) & (index <= last_tie) & reachable
+                selected = finite & ((score_key > cut_key) | tied)
             elif MASK == _ONE_WORD:
                 selected = drawn
             rounding_word = 0
@@ -846,46 +857,6 @@ def adamw_(
 
 
 @triton.jit
-def _adamw_listed(
-    param_ptr, grad_ptr, index_ptr, exp_avg_ptr, exp_avg_sq_ptr, largest_ptr, master_ptr, age_ptr,
-    offs, in_range, factor, lr, beta1, decay, weight1, beta2, weight2, eps, step_size, correction2,
-    beta2_double,
-    ARITHMETIC: tl.constexpr, COMPACT: tl.constexpr, AMSGRAD: tl.constexpr, MASTERS: tl.constexpr,
-    AGES: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """One block of a list: gather parameter and gradient, update, scatter the parameter."""
-    index = _load(index_ptr, offs, in_range, FULL).to(tl.int64)
-    old_param = _load(param_ptr, index, in_range, FULL)
-    grad = _load(grad_ptr, offs if COMPACT else index, in_range, FULL).to(ARITHMETIC) * factor
-    exp_avg, exp_avg_sq = (
-        _load(exp_avg_ptr, offs, in_range, FULL),
-        _load(exp_avg_sq_ptr, offs, in_range, FULL),
-    )
-    largest = _load(largest_ptr, offs, in_range, FULL) if AMSGRAD else exp_avg_sq
-    value = old_param.to(ARITHMETIC)
-    if MASTERS:
-        # somebody wrote to a parameter that is no longer its rounded master: the master restarts there
-        master = _load(master_ptr, offs, in_range, FULL)
-        value = tl.where(_stored(master, old_param.dtype).to(ARITHMETIC) == value, master, value)
-    if AGES:
-        age = _load(age_ptr, offs, in_range, FULL) + 1
-        _store(age_ptr, offs, age, in_range, FULL)
-        step_size = (lr / (1 - _power(beta1, age))).to(ARITHMETIC)
-        correction2 = tl.sqrt(1 - _power(beta2_double, age)).to(ARITHMETIC)
-    value, exp_avg, exp_avg_sq, largest = _adamw_entries(
-        value, grad, exp_avg, exp_avg_sq, largest, decay, weight1, beta2, weight2, eps, step_size,
-        correction2, AMSGRAD,
-    )  # fmt: skip
-    _store(param_ptr, index, _stored(value, old_param.dtype), in_range, FULL)
-    _store(exp_avg_ptr, offs, exp_avg, in_range, FULL)
-    _store(exp_avg_sq_ptr, offs, exp_avg_sq, in_range, FULL)
-    if AMSGRAD:
-        _store(largest_ptr, offs, largest, in_range, FULL)
-    if MASTERS:
-        _store(master_ptr, offs, value, in_range, FULL)
-
-
-@triton.jit
 def _adamw_indexed_kernel(
     table_ptr, owner_ptr, grads_ptr, numbers_ptr, grad_scale_ptr, found_inf_ptr,
     decay: tl.float64, weight1: tl.float64, beta2: tl.float64, weight2: tl.float64, eps: tl.float64,
@@ -902,11 +873,6 @@ def _adamw_indexed_kernel(
     row_ptr = table_ptr + tensor * _COLUMNS
     start = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _LISTED
     count = tl.load(row_ptr + _NUMEL)
-    grad_address = tl.load(grads_ptr + tensor)
-    param_ptr = tl.load(row_ptr + _PARAM).to(tl.pointer_type(PARAM))
-    exp_avg_address, exp_avg_sq_address = tl.load(row_ptr + _EXP_AVG), tl.load(row_ptr + _EXP_AVG_SQ)
-    largest_address, index_address = tl.load(row_ptr + _MAX_EXP_AVG_SQ), tl.load(row_ptr + _INDICES)
-    master_address, age_address = tl.load(row_ptr + _MASTER), tl.load(row_ptr + _AGE)
     if NUMBERS:
         numbers_ptr += tensor * _NUMBERS
         decay, weight1 = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
@@ -922,38 +888,48 @@ def _adamw_indexed_kernel(
     correction2, factor = tl.full([], correction2, ARITHMETIC), tl.full([], sign, ARITHMETIC)
     if grad_scale_ptr is not None:
         factor = factor * tl.load(grad_scale_ptr).to(ARITHMETIC)
-    offs = start + tl.arange(0, _LISTED)
-    aligned = tl.load(row_ptr + _ALIGNED) != 0
+    param_ptr = tl.load(row_ptr + _PARAM).to(tl.pointer_type(PARAM))
+    grad_ptr = tl.load(grads_ptr + tensor).to(tl.pointer_type(GRAD))
+    index_ptr = tl.load(row_ptr + _INDICES).to(tl.pointer_type(INDEX)) + start
+    exp_avg_ptr = tl.load(row_ptr + _EXP_AVG).to(tl.pointer_type(ARITHMETIC)) + start
+    exp_avg_sq_ptr = tl.load(row_ptr + _EXP_AVG_SQ).to(tl.pointer_type(ARITHMETIC)) + start
+    largest_ptr = tl.load(row_ptr + _MAX_EXP_AVG_SQ).to(tl.pointer_type(ARITHMETIC)) + start
+    master_ptr = tl.load(row_ptr + _MASTER).to(tl.pointer_type(ARITHMETIC)) + start
+    age_ptr = tl.load(row_ptr + _AGE).to(tl.pointer_type(tl.int32)) + start
+    # no hint of alignment here: what is wide for the list would have to be exchanged between threads before
+    # it can be gathered by
+    offs = tl.arange(0, _LISTED)
+    in_range = offs < count - start
+    index = tl.load(index_ptr + offs, mask=in_range, other=0).to(tl.int64)
+    old_param = tl.load(param_ptr + index, mask=in_range, other=0)
     if COMPACT:
-        aligned = aligned & (grad_address % 16 == 0)
-    if aligned & (start + _LISTED <= count):
-        if COMPACT:
-            grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16)
-        else:
-            grad_ptr = grad_address.to(tl.pointer_type(GRAD))
-        _adamw_listed(
-            param_ptr, grad_ptr,
-            tl.multiple_of(index_address.to(tl.pointer_type(INDEX)), 16),
-            tl.multiple_of(exp_avg_address.to(tl.pointer_type(ARITHMETIC)), 16),
-            tl.multiple_of(exp_avg_sq_address.to(tl.pointer_type(ARITHMETIC)), 16),
-            tl.multiple_of(largest_address.to(tl.pointer_type(ARITHMETIC)), 16),
-            tl.multiple_of(master_address.to(tl.pointer_type(ARITHMETIC)), 16),
-            tl.multiple_of(age_address.to(tl.pointer_type(tl.int32)), 16),
-            tl.multiple_of(start, _LISTED) + tl.arange(0, _LISTED), True, factor, lr, beta1,
-            decay, weight1, beta2, weight2, eps, step_size, correction2, beta2_double,
-            ARITHMETIC, COMPACT, AMSGRAD, MASTERS, AGES, True,
-        )  # fmt: skip
+        grad = tl.load(grad_ptr + start + offs, mask=in_range, other=0)
     else:
-        _adamw_listed(
-            param_ptr, grad_address.to(tl.pointer_type(GRAD)), index_address.to(tl.pointer_type(INDEX)),
-            exp_avg_address.to(tl.pointer_type(ARITHMETIC)),
-            exp_avg_sq_address.to(tl.pointer_type(ARITHMETIC)),
-            largest_address.to(tl.pointer_type(ARITHMETIC)), master_address.to(tl.pointer_type(ARITHMETIC)),
-            age_address.to(tl.pointer_type(tl.int32)),
-            offs, offs < count, factor, lr, beta1,
-            decay, weight1, beta2, weight2, eps, step_size, correction2, beta2_double,
-            ARITHMETIC, COMPACT, AMSGRAD, MASTERS, AGES, False,
-        )  # fmt: skip
+        grad = tl.load(grad_ptr + index, mask=in_range, other=0)
+    exp_avg = tl.load(exp_avg_ptr + offs, mask=in_range, other=0)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=in_range, other=0)
+    largest = tl.load(largest_ptr + offs, mask=in_range, other=0) if AMSGRAD else exp_avg_sq
+    value = old_param.to(ARITHMETIC)
+    if MASTERS:
+        # somebody wrote to a parameter that is no longer its rounded master: the master restarts there
+        master = tl.load(master_ptr + offs, mask=in_range, other=0)
+        value = tl.where(_stored(master, PARAM).to(ARITHMETIC) == value, master, value)
+    if AGES:
+        age = tl.load(age_ptr + offs, mask=in_range, other=0) + 1
+        tl.store(age_ptr + offs, age, mask=in_range)
+        step_size = (lr / (1 - _power(beta1, age))).to(ARITHMETIC)
+        correction2 = tl.sqrt(1 - _power(beta2_double, age)).to(ARITHMETIC)
+    value, exp_avg, exp_avg_sq, largest = _adamw_entries(
+        value, grad.to(ARITHMETIC) * factor, exp_avg, exp_avg_sq, largest, decay, weight1, beta2, weight2,
+        eps, step_size, correction2, AMSGRAD,
+    )  # fmt: skip
+    tl.store(param_ptr + index, _stored(value, PARAM), mask=in_range)
+    tl.store(exp_avg_ptr + offs, exp_avg, mask=in_range)
+    tl.store(exp_avg_sq_ptr + offs, exp_avg_sq, mask=in_range)
+    if AMSGRAD:
+        tl.store(largest_ptr + offs, largest, mask=in_range)
+    if MASTERS:
+        tl.store(master_ptr + offs, value, mask=in_range)
 
 
 def adamw_indexed_(
@@ -1037,7 +1013,7 @@ def _count_bins(counts_ptr, base, window, zeros, zero_bin, BINS: tl.constexpr):
     tl.atomic_add(counts_ptr + zero_bin, zeros.to(tl.int64), mask=zeros != 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "per_program"])
 def _histogram_kernel(
     table_ptr, owner_ptr, grads_ptr, scales_ptr, counts_ptr, prefixes_ptr, ties_ptr, tiles, per_program,
     SCORE: tl.constexpr, STATISTIC: tl.constexpr, GRAD: tl.constexpr, KIND: tl.constexpr, SHIFT: tl.constexpr,
@@ -1066,42 +1042,40 @@ def _histogram_kernel(
         start = (tile - tl.load(row_ptr + _FIRST_TILE)) * _TILE
         numel = tl.load(row_ptr + _NUMEL)
         score_address = tl.load(row_ptr + _STATISTIC)
-        offs = start + tl.arange(0, _TILE)
-        in_range = offs < numel
-        aligned = tl.load(row_ptr + _ALIGNED) != 0
+        full = (tl.load(row_ptr + _ALIGNED) != 0) & (start + _TILE <= numel)
+        offs = tl.arange(0, _TILE)
+        begin, in_range = tl.multiple_of(start, _TILE), offs < numel - start
         if KIND is not None:
             grad_address = tl.load(grads_ptr + tensor)
             scale = 1.0
             if scales_ptr is not None:
                 scale = tl.load(scales_ptr + tensor)
             nonfinite_ptr = tl.load(row_ptr + _NONFINITE).to(tl.pointer_type(tl.uint8))
-            if aligned & (grad_address % 16 == 0) & (start + _TILE <= numel):
-                total = _accumulate_block(
-                    tl.multiple_of(score_address.to(tl.pointer_type(STATISTIC)), 16),
-                    tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16),
-                    nonfinite_ptr, tl.multiple_of(start, _TILE) + tl.arange(0, _TILE), True, scale,
-                    KIND, scales_ptr is not None, True,
+            if full & (grad_address % 16 == 0):
+                total, spoiled = _accumulate_block(
+                    tl.multiple_of(score_address.to(tl.pointer_type(STATISTIC)), 16) + begin,
+                    tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16) + begin,
+                    offs, True, scale, KIND, scales_ptr is not None, True,
                 )  # fmt: skip
             else:
-                total = _accumulate_block(
-                    score_address.to(tl.pointer_type(STATISTIC)), grad_address.to(tl.pointer_type(GRAD)),
-                    nonfinite_ptr, offs, in_range, scale, KIND, scales_ptr is not None, False,
+                total, spoiled = _accumulate_block(
+                    score_address.to(tl.pointer_type(STATISTIC)) + start,
+                    grad_address.to(tl.pointer_type(GRAD)) + start,
+                    offs, in_range, scale, KIND, scales_ptr is not None, False,
                 )  # fmt: skip
+            _raise_flag(nonfinite_ptr, spoiled)
             if BITS == 16:
                 key, finite = _sort_key(total.to(tl.int16, bitcast=True).to(tl.int32) << 16, ABSOLUTE)
                 key = key >> 16
             else:
                 key, finite = _sort_key(total.to(tl.int32, bitcast=True), ABSOLUTE)
             finite = finite & in_range
-        elif aligned & (start + _TILE <= numel):
-            score_ptr = tl.multiple_of(score_address.to(tl.pointer_type(SCORE)), 16)
-            key, finite = _load_keys(
-                score_ptr, tl.multiple_of(start, _TILE) + tl.arange(0, _TILE), True, ABSOLUTE, BITS, True
-            )
+        elif full:
+            score_ptr = tl.multiple_of(score_address.to(tl.pointer_type(SCORE)), 16) + begin
+            key, finite = _load_keys(score_ptr, offs, True, ABSOLUTE, BITS, True)
         else:
-            key, finite = _load_keys(
-                score_address.to(tl.pointer_type(SCORE)), offs, in_range, ABSOLUTE, BITS, False
-            )
+            score_ptr = score_address.to(tl.pointer_type(SCORE)) + start
+            key, finite = _load_keys(score_ptr, offs, in_range, ABSOLUTE, BITS, False)
         prefix = tl.load(prefixes_ptr + tensor)
         if ties_ptr is None:
             counted = finite
@@ -1111,9 +1085,10 @@ def _histogram_kernel(
             bins = ((key >> SHIFT) & (BINS - 1)).to(tl.int32)
         else:
             index = _global_index(
-                offs, numel, tl.load(row_ptr + _OFFSET), tl.load(row_ptr + _INNER), tl.load(row_ptr + _STRIDE)
-            )
-            counted = finite & (key.to(tl.int64) == tl.load(ties_ptr + tensor))
+                start + offs, numel, tl.load(row_ptr + _OFFSET), tl.load(row_ptr + _INNER),
+                tl.load(row_ptr + _STRIDE),
+            )  # fmt: skip
+            counted = finite & (key == tl.load(ties_ptr + tensor).to(tl.uint32))
             counted = counted & ((index >> (SHIFT + WIDTH)) == prefix)
             bins = ((index >> SHIFT) & (BINS - 1)).to(tl.int32)
         if BINS == 1:
@@ -1147,22 +1122,19 @@ def _histogram_kernel(
 
 @triton.jit
 def _accumulate_block(
-    statistic_ptr, grad_ptr, nonfinite_ptr, offs, in_range, scale,
+    statistic_ptr, grad_ptr, offs, in_range, scale,
     KIND: tl.constexpr, SCALED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Add gradients to statistics; returns the new ones as they are stored."""
+    """Add gradients to statistics. Returns the new ones as stored, and nonzero where a gradient is not finite."""
     grad = _load(grad_ptr, offs, in_range, FULL).to(tl.float32)
     if SCALED:
         grad = grad * scale
+    # what lies beyond the end was read as zero
     value, finite = _contribution(grad, KIND)
     total = _load(statistic_ptr, offs, in_range, FULL).to(tl.float32) + value
     total = _stored(total, statistic_ptr.dtype.element_ty)
     _store(statistic_ptr, offs, total, in_range, FULL)
-    spoiled = tl.where(finite, 0, 1)
-    if not FULL:
-        spoiled = tl.where(in_range, spoiled, 0)
-    _raise_flag(nonfinite_ptr, spoiled)
-    return total
+    return total, tl.where(finite, 0, 1)
 
 
 @triton.jit
@@ -1181,19 +1153,28 @@ def _accumulate_kernel(
     if scales_ptr is not None:
         scale = tl.load(scales_ptr + tensor)
     aligned = (tl.load(row_ptr + _ALIGNED) != 0) & (grad_address % 16 == 0)
-    offs = start + tl.arange(0, _TILE)
+    offs = tl.arange(0, 1024)
+    spoiled = tl.zeros([1024], tl.int32)
     if aligned & (start + _TILE <= numel):
-        _accumulate_block(
-            tl.multiple_of(statistic_address.to(tl.pointer_type(STATISTIC)), 16),
-            tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16),
-            nonfinite_ptr, tl.multiple_of(start, _TILE) + tl.arange(0, _TILE), True, scale,
-            KIND, scales_ptr is not None, True,
-        )  # fmt: skip
+        begin = tl.multiple_of(start, _TILE)
+        statistic_ptr = tl.multiple_of(statistic_address.to(tl.pointer_type(STATISTIC)), 16) + begin
+        grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16) + begin
+        for block in tl.static_range(_TILES):
+            _, found = _accumulate_block(
+                statistic_ptr + block * 1024, grad_ptr + block * 1024, offs, True, scale,
+                KIND, scales_ptr is not None, True,
+            )  # fmt: skip
+            spoiled |= found
     else:
-        _accumulate_block(
-            statistic_address.to(tl.pointer_type(STATISTIC)), grad_address.to(tl.pointer_type(GRAD)),
-            nonfinite_ptr, offs, offs < numel, scale, KIND, scales_ptr is not None, False,
-        )  # fmt: skip
+        for block in range(_TILES):
+            begin = start + block * 1024
+            _, found = _accumulate_block(
+                statistic_address.to(tl.pointer_type(STATISTIC)) + begin,
+                grad_address.to(tl.pointer_type(GRAD)) + begin,
+                offs, offs < numel - begin, scale, KIND, scales_ptr is not None, False,
+            )  # fmt: skip
+            spoiled |= found
+    _raise_flag(nonfinite_ptr, spoiled)
 
 
 def accumulate_(
@@ -1325,36 +1306,41 @@ def _compact_kernel(
     first_tile = tl.load(row_ptr + _FIRST_TILE)
     start = (tile - first_tile) * _TILE
     numel, address = tl.load(row_ptr + _NUMEL), tl.load(row_ptr + _STATISTIC)
-    cut_key, last_tie = tl.load(cut_keys_ptr + tensor), tl.load(last_ties_ptr + tensor)
-    offs = start + tl.arange(0, _TILE)
-    if (tl.load(row_ptr + _ALIGNED) != 0) & (start + _TILE <= numel):
-        score_ptr = tl.multiple_of(address.to(tl.pointer_type(SCORE)), 16)
-        key, finite = _load_keys(
-            score_ptr, tl.multiple_of(start, _TILE) + tl.arange(0, _TILE), True, ABSOLUTE, BITS, True
-        )
-    else:
-        key, finite = _load_keys(
-            address.to(tl.pointer_type(SCORE)), offs, offs < numel, ABSOLUTE, BITS, False
-        )
-    index = _global_index(
-        offs, numel, tl.load(row_ptr + _OFFSET), tl.load(row_ptr + _INNER), tl.load(row_ptr + _STRIDE)
-    )
-    selected = _above(key, finite, index, cut_key, last_tie)
-    if results_ptr is None:
-        tl.store(tile_counts_ptr + tile, tl.sum(selected.to(tl.int32), 0))
-    else:
+    cut_key, reachable = _threshold(tl.load(cut_keys_ptr + tensor))
+    last_tie = tl.load(last_ties_ptr + tensor)
+    offset, inner, stride = tl.load(row_ptr + _OFFSET), tl.load(row_ptr + _INNER), tl.load(row_ptr + _STRIDE)
+    full = (tl.load(row_ptr + _ALIGNED) != 0) & (start + _TILE <= numel)
+    offs = tl.arange(0, 1024)
+    before = tl.full([], 0, tl.int64)
+    if results_ptr is not None:
         result_ptr = tl.load(results_ptr + tensor).to(tl.pointer_type(RESULT))
         if LISTING:
             # the ends of tiles count through all tensors; a list begins behind the tensors before
             before = tl.load(tile_ends_ptr + tile) - tl.load(tile_counts_ptr + tile)
             before -= tl.load(tile_ends_ptr + first_tile) - tl.load(tile_counts_ptr + first_tile)
-            places = before + tl.cumsum(selected.to(tl.int32), 0) - 1
-            tl.store(result_ptr + places, offs.to(RESULT), mask=selected)
+    for block in range(_TILES):
+        begin = start + block * 1024
+        if full:
+            score_ptr = tl.multiple_of(address.to(tl.pointer_type(SCORE)), 16) + tl.multiple_of(begin, 1024)
+            key, finite = _load_keys(score_ptr, offs, True, ABSOLUTE, BITS, True)
+            first = _global_index(begin, numel, offset, inner, stride)
+            passes = offs <= _ties_within(first, last_tie, reachable)
         else:
-            rows = tl.reshape(selected.to(tl.int32), [_TILE // 32, 32])
-            words = tl.sum(rows << tl.arange(0, 32)[None, :], 1)
-            place = start // 32 + tl.arange(0, _TILE // 32)
+            score_ptr = address.to(tl.pointer_type(SCORE)) + begin
+            key, finite = _load_keys(score_ptr, offs, offs < numel - begin, ABSOLUTE, BITS, False)
+            passes = (_global_index(begin + offs, numel, offset, inner, stride) <= last_tie) & reachable
+        selected = (finite & ((key > cut_key) | ((key == cut_key) & passes))).to(tl.int32)
+        found = tl.sum(selected, 0)
+        if LISTING and results_ptr is not None:
+            places = tl.cumsum(selected, 0) - 1
+            tl.store(result_ptr + before + places, (begin + offs).to(RESULT), mask=selected != 0)
+        elif results_ptr is not None:
+            words = tl.sum(tl.reshape(selected, [32, 32]) << tl.arange(0, 32)[None, :], 1)
+            place = begin // 32 + tl.arange(0, 32)
             tl.store(result_ptr + place, words, mask=place < (numel + 31) // 32)
+        before += found
+    if results_ptr is None:
+        tl.store(tile_counts_ptr + tile, before.to(tl.int32))
 
 
 def _launch_compact(
@@ -1421,7 +1407,7 @@ def compact(
 # --- compact state, gradients and weights -----------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["searches"])
 def _remap_kernel(
     table_ptr, owner_ptr, searches: tl.int32, INDEX: tl.constexpr, VALUE: tl.constexpr
 ):  # fmt: skip
