@@ -3,11 +3,12 @@
 #   make test    the whole test suite
 #   make demo    fine-tunes a small pre-trained encoder with each method and compares them; ARGS="--quick" is shorter
 #   make lint    ruff, mypy, and clang-format where it is installed
-#   make bench   measures the baselines on this machine
+#   make bench   measures steps, selections and memory on this machine; ARGS="--quick" is a smoke run
 #   make gpu     on a machine with a GPU, with the python3 at hand and no network: builds, tests, measures
 #   make clean   removes the environment, the builds and the caches
 #
-# PYTHON=... names another interpreter, JOBS=... the number of test processes, ARGS=... is passed on.
+# PYTHON=... names another interpreter, JOBS=... the number of test processes, ARGS=... is passed on; TESTS=... says
+# which tests `make gpu` runs. `TRITON_INTERPRET=1 make gpu ARGS="--quick --backend triton"` rehearses it without a GPU.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -65,8 +66,7 @@ demo: setup
 	$(VENV) -m benchmarks.demo $(ARGS)
 
 bench: setup
-	@echo "== the baselines"
-	$(VENV) -m benchmarks.baselines $(ARGS)
+	@$(call measure,$(VENV))
 
 lint: setup
 	$(VENV) -m ruff check
@@ -78,7 +78,18 @@ lint: setup
 		echo "clang-format is not installed: the format of csrc/ is not checked"; \
 	fi
 
-# warnings of versions that constraints.txt does not name are shown, not fatal
+# all that is measured, one after the other, whatever becomes of the others
+measure = status=0; \
+	for script in step topk memory; do \
+		echo "== $(strip $(1)) -m benchmarks.$$script $(ARGS)"; \
+		$(1) -m benchmarks.$$script $(ARGS) || status=1; \
+	done; \
+	exit $$status
+
+# The tests of the backends, in as many processes as JOBS where pytest-xdist is at hand; what is left of nine minutes
+# is for the measurements, so they come to an end early rather than late. Warnings of versions that constraints.txt
+# does not name are shown, not fatal.
+TESTS ?= tests/test_backends.py tests/test_conformance.py
 gpu:
 	@echo "== $$($(PYTHON) --version) and its packages as they are; nothing is installed"
 	@$(PYTHON) -c 'import torch; print("torch", torch.__version__, "CUDA device:", torch.cuda.is_available() and torch.cuda.get_device_name())'
@@ -86,9 +97,11 @@ gpu:
 	@rm -f sparse_optim/_C*.so
 	$(PYTHON) setup.py -q build_ext --inplace || echo "warning: the native library is not built; the tests and the measurements go on without it" >&2
 	@echo "== the tests"
-	$(PYTHON) -m pytest -W default
-	@echo "== the baselines"
-	$(PYTHON) -m benchmarks.baselines $(ARGS)
+	@many=$$($(PYTHON) -c 'import xdist' 2> /dev/null && echo "-n $(JOBS) --dist worksteal" || true); status=0; \
+	$(ONE_THREAD) timeout 240 $(PYTHON) -m pytest -W default -q $$many $(TESTS) || status=$$?; \
+	if [ $$status = 124 ]; then echo "the tests were stopped after 240 s"; fi; \
+	($(call measure,$(PYTHON))) || status=1; \
+	exit $$status
 
 clean:
 	rm -rf .venv build dist *.egg-info sparse_optim/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,3 +6,5 @@ import os
 # made a training step 7 to 20 times slower on two cores that other programs wanted too; threads that never
 # spin make small operations 3 times slower on a quiet machine; a short spin cost nothing in either case
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# the profiler, which counts allocations, announces itself on standard error
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")

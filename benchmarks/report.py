@@ -1,98 +1,335 @@
-"""Renders a results CSV as markdown tables, and puts them between markers in a file: no table is ever typed.
+"""Puts the measured tables into README.md and draws the two figures: no number is ever typed.
 
-python -m benchmarks.report benchmarks/results/NAME.csv                    prints the tables
-python -m benchmarks.report benchmarks/results/NAME.csv --into README.md   replaces what lies between
-    <!-- benchmarks NAME begin --> and <!-- benchmarks NAME end -->
+    python -m benchmarks.report              README.md and the figures, from benchmarks/results/*.csv
+    python -m benchmarks.report FILE.csv     prints every row of one file
+
+What README.md holds between `<!-- benchmarks begin -->` and `<!-- benchmarks end -->` is replaced.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from benchmarks.harness import read_csv
+from benchmarks.harness import COPY, REPOSITORY, RESULTS, read_csv, verdicts
+from benchmarks.peers import FUSED
+
+BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
+STEP_FIGURE, MEMORY_FIGURE = "step.png", "memory.png"
+KINDS = ("weights", "gradients", "states", "masks")
+
+# what the README is to say, and the start of the rows that say it
+EXPECTED = {
+    "cuda": (
+        ("dense steps", "step", "adamw_ dense"),
+        ("Bernoulli masks", "step", "adamw_ Bernoulli"),
+        ("stored bits", "step", "adamw_ bits"),
+        ("a known threshold", "step", "adamw_ threshold"),
+        ("indexed masks", "step", "adamw_indexed_"),
+        ("observing and training in one launch", "step", "observe and train"),
+        ("whole steps on 199 small tensors", "step", "MaskedAdamW"),
+        ("exact top-k", "topk", "select, global"),
+        ("memory", "memory", "TopK, indexed"),
+        ("bitsandbytes", "step", "bitsandbytes "),
+        ("torchao", "step", "torchao "),
+        ("flashoptim", "step", "flashoptim "),
+    ),
+    "cpu": (
+        ("dense steps", "step", "adamw_ dense"),
+        ("Bernoulli masks", "step", "adamw_ Bernoulli"),
+        ("stored bits", "step", "adamw_ bits"),
+        ("indexed masks", "step", "adamw_indexed_"),
+        ("exact top-k", "topk", "select, global"),
+        ("memory", "memory", "TopK, indexed"),
+    ),
+}
+PLACES = {"cuda": "on a GPU", "cpu": "on a CPU"}
+NOT_BUILT = "gradients released during the backward pass (bar: at most 2.22 bytes per bfloat16 weight at 1 %)"
+
+CsvRow = dict[str, str]
 
 
-def render(rows: Sequence[dict[str, str]]) -> str:
-    """Markdown: one table per question, and a line that says where the figures come from."""
-    if not rows:
-        raise ValueError(
-            "the results must have at least one row, got none; run python -m benchmarks.baselines first."
+def all_results(folder: Path = RESULTS) -> list[list[CsvRow]]:
+    """The files of all machines, GPUs first."""
+    found = [rows for rows in map(read_csv, sorted(folder.glob("*.csv"))) if rows]
+    return sorted(found, key=lambda rows: rows[0]["device"] != "cuda")
+
+
+def measured(rows: Iterable[CsvRow]) -> list[CsvRow]:
+    """Those with figures."""
+    return [row for row in rows if row["ms"] or row["states"]]
+
+
+# tables
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: range) -> str:
+    """Markdown; `numbers` says which columns are aligned to the right."""
+    rows = [head, ["---:" if column in numbers else "---" for column in range(len(head))], *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
+
+
+def caption(rows: Sequence[CsvRow]) -> str:
+    """Where these figures come from."""
+    parts = []
+    for row in {(row["commit"], row["command"]): row for row in rows}.values():
+        driver = "" if row["driver"] == "none" else f"driver {row['driver']}, "
+        load = f"load average {float(row['load_before'] or 0):.1f} when it began"
+        parts.append(
+            f"{row['machine']}, {driver}{row['threads']} CPU threads, {load}, torch {row['torch']}, "
+            f"triton {row['triton']}, Python {row['python']}, commit {row['commit']}: `{row['command']}`"
         )
-    first = rows[0]
-    parts = [
-        (
-            f"{first['machine']}, driver {first['driver']}, {first['threads']} CPU threads, "
-            f"torch {first['torch']}, triton {first['triton']}, Python {first['python']}, "
-            f"commit {first['commit']}: `{first['command']}`"
-        )
-    ]
-    for question, members in groupby(rows, key=lambda row: row["question"]):
-        group = list(members)
-        parts.append(f"**{question}**, {int(group[0]['parameters']):,} parameters, {group[0]['dtype']}")
-        anchor = group[0]["anchor"]
-        head = [
-            "",
-            "ms (20 - 80 %)",
-            "GB to move",
-            "GB/s",
-            "% of copy",
-            f"times as fast as {anchor}",
-            "bar",
-            "reached",
-        ]
-        lines = [head, ["---"] + ["---:"] * (len(head) - 3) + ["---"] * 2]
-        lines += [_cells(row) for row in group]
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts)
 
 
-def _cells(row: dict[str, str]) -> list[str]:
-    moved = f"{float(row['ideal_bytes']) / 1e9:.3g}"
-    if not row["ms"]:
-        return [row["row"], "-", moved, "-", "-", "-", row["bars"], row["note"].replace("|", "/")]
-    verdicts = {"yes": "met", "no": "missed", "?": "no peer"}
-    reached = "; ".join(
-        f"{value} ({verdicts[met]})"
-        for value, met in zip(row["reached"].split("; "), row["met"].split("; "), strict=True)
-        if met
-    )
-    times = row["times_as_fast_as_anchor"]
-    return [
-        row["row"],
-        f"{float(row['ms']):.4g} ({float(row['ms_20']):.4g} - {float(row['ms_80']):.4g})",
-        moved,
-        f"{float(row['gb_per_s']):.4g}",
-        f"{float(row['percent_of_copy']):.0f}" if row["percent_of_copy"] else "-",
-        f"{float(times):.3g}" if times else "-",
-        row["bars"],
-        reached,
+def _number(text: str, digits: int = 3) -> str:
+    """Rounded to so many digits, without an exponent."""
+    value = float(f"{float(text):.{digits}g}")
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:g}"
+
+
+def _times(row: CsvRow) -> str:
+    return f"{_number(row['ms'])} ({_number(row['ms_20'])} - {_number(row['ms_80'])})"
+
+
+def _compared(row: CsvRow) -> str:
+    pairs = [pair.rpartition(": ") for pair in row["times_as_fast_as"].split("; ") if pair]
+    return ", ".join(f"{_number(factor)} x {peer}" for peer, _, factor in pairs)
+
+
+def timing_table(rows: Sequence[CsvRow]) -> str:
+    """All rows of one question."""
+    head = ["", "ms (20 - 80 %)", "GB/s", "% of copy", "times as fast as", "bar: reached"]
+    lines = []
+    for row in rows:
+        if not row["ms"]:
+            lines.append([row["row"], "-", "-", "-", row["note"], ""])
+            continue
+        bars = "; ".join(f"{bar}: {reached}, **{word}**" for bar, reached, word in verdicts(row))
+        share = f"{float(row['percent_of_copy']):.0f}" if row["percent_of_copy"] else "-"
+        scratch = [f"scratch {float(row['scratch_bytes']) / 2**20:.3g} MiB"] if row["scratch_bytes"] else []
+        compared = ", ".join(filter(None, [_compared(row), *scratch]))
+        lines.append([row["row"], _times(row), _number(row["gb_per_s"]), share, compared, bars])
+    return table(head, lines, numbers=range(1, 4))
+
+
+def memory_table(rows: Sequence[CsvRow]) -> str:
+    """Bytes per weight by kind."""
+    head = ["bytes per weight", *KINDS, "total", "ideal", "peak of a step", "peak ever"]
+    lines = []
+    for row in rows:
+        if not row["states"]:
+            lines.append([row["row"], *["-"] * 7, row["note"]])
+            continue
+        kinds = [float(row[kind]) for kind in KINDS]
+        ideal = float(row["ideal_bytes"]) / int(row["parameters"])
+        peaks = [float(row["step_peak"]), float(row["peak"])]
+        lines.append([row["row"], *(f"{value:.2f}" for value in (*kinds, sum(kinds), ideal, *peaks))])
+    return table(head, lines, numbers=range(1, len(head)))
+
+
+def render(rows: Sequence[CsvRow]) -> str:
+    """Markdown: one table per question of one machine, each after the command that measured it."""
+    if not rows:
+        raise ValueError(
+            "the results must have at least one row, got none; run python -m benchmarks.step first."
+        )
+    parts = []
+    for script, members in groupby(rows, key=lambda row: row["script"]):
+        group = list(members)
+        parts.append(caption(group))
+        for question, asked in groupby(group, key=lambda row: row["question"]):
+            same = list(asked)
+            entries = max(int(row["parameters"]) for row in same)
+            if script == "memory":
+                parts.append(f"**{question}**, {entries:,} weights")
+                parts.append(memory_table(same))
+            else:
+                parts.append(f"**{question}**, {entries:,} entries")
+                parts.append(timing_table(same))
+    return "\n\n".join(parts)
+
+
+def missing(results: Sequence[Sequence[CsvRow]]) -> str:
+    """What was not measured yet, in plain words."""
+    gaps = []
+    for device, expected in EXPECTED.items():
+        rows = [row for rows in results for row in measured(rows) if row["device"] == device]
+        absent = [
+            name
+            for name, script, start in expected
+            if not any(row["script"] == script and row["row"].startswith(start) for row in rows)
+        ]
+        if len(absent) == len(expected):
+            gaps.append(f"everything {PLACES[device]}")
+        elif absent:
+            gaps.append(f"{PLACES[device]}: {', '.join(absent)}")
+    return f"Not measured yet: {'; '.join([*gaps, NOT_BUILT])}."
+
+
+def bar_table(rows: Sequence[CsvRow]) -> str:
+    """What was promised, and what was reached."""
+    lines = [
+        [row["row"], row["question"], _times(row), bar, reached, word]
+        for row in rows
+        for bar, reached, word in verdicts(row)
     ]
+    return table(["held to a bar", "", "ms (20 - 80 %)", "bar", "reached", ""], lines, numbers=range(2, 3))
 
 
-def replace(text: str, name: str, table: str) -> str:
-    """The text with `table` between the two markers of `name`."""
-    begin, end = f"<!-- benchmarks {name} begin -->", f"<!-- benchmarks {name} end -->"
-    before, found_begin, rest = text.partition(begin)
-    _, found_end, after = rest.partition(end)
+def readme_text(results: Sequence[Sequence[CsvRow]]) -> str:
+    """What stands between the markers."""
+    parts = ["## Measured", missing(results)]
+    if any(row["script"] == "step" for rows in results for row in measured(rows)):
+        parts.append(f"![milliseconds of a step against density](benchmarks/results/{STEP_FIGURE})")
+    if any(row["script"] == "memory" for rows in results for row in measured(rows)):
+        parts.append(f"![bytes per weight by optimizer](benchmarks/results/{MEMORY_FIGURE})")
+    for rows in results:
+        parts.append(f"**{rows[0]['machine']}**")
+        if all(row["backend"] in ("", "reference") for row in measured(rows)):
+            parts.append(
+                "Ours is the reference backend here, plain PyTorch: what is correct, not what is fast."
+            )
+        if any(map(verdicts, rows)):
+            parts.append(bar_table(rows))
+        parts += [f"<details><summary>Every row: {rows[0]['machine']}</summary>", render(rows), "</details>"]
+    return "\n\n".join(parts)
+
+
+def replace(text: str, new: str) -> str:
+    """The text with `new` between the markers."""
+    before, found_begin, rest = text.partition(BEGIN)
+    _, found_end, after = rest.partition(END)
     if not found_begin or not found_end:
-        raise ValueError(f"the file must hold the lines {begin} and {end}, got neither or one; add both.")
-    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+        raise ValueError(f"the file must hold the lines {BEGIN} and {END}, got neither or one; add both.")
+    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
+
+
+# figures
+
+
+def draw_steps(results: Sequence[Sequence[CsvRow]], path: Path) -> bool:
+    """Step time against density: one panel a machine, with torch's fused AdamW and the roof of bytes."""
+    panels = [
+        rows
+        for rows in (
+            [row for row in measured(rows) if row["script"] == "step" and row["question"] == "float32"]
+            for rows in results
+        )
+        if {COPY, FUSED} <= {row["row"] for row in rows}
+        and any(row["density"] and row["backend"] for row in rows)
+    ]
+    if not panels:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
+    for axes, rows in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw_panel(axes, rows)
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def _draw_panel(axes: Any, rows: Sequence[CsvRow]) -> None:
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
+    def points(chosen: Iterable[CsvRow]) -> tuple[list[float], list[float]]:
+        pairs = sorted((100 * float(row["density"]), float(row["ms"])) for row in chosen)
+        return [density for density, _ in pairs], [ms for _, ms in pairs]
+
+    named = {row["row"]: row for row in rows}
+    axes.axhline(float(named[FUSED]["ms"]), color="#444444", linestyle="--", label="torch.optim.AdamW, fused")
+    ours = [row for row in rows if row["backend"]]
+    for number, backend in enumerate(dict.fromkeys(row["backend"] for row in ours)):
+        mine, color = [row for row in ours if row["backend"] == backend], f"C{number}"
+        lists = [row for row in mine if row["row"].startswith("adamw_indexed_")]
+        axes.plot(*points(lists), marker="o", color=color, label=f"indexed, {backend}")
+        for start, marker in (("adamw_ Bernoulli", "s"), ("adamw_ bits", "^"), ("adamw_ dense", "D")):
+            chosen = [row for row in mine if row["row"].startswith(start)]
+            label = f"{start.removeprefix('adamw_ ')}, {backend}"
+            axes.scatter(
+                *points(chosen), s=60, marker=marker, color=color, edgecolor="white", label=label, zorder=3
+            )
+    # a processor reads the lines that a copy writes
+    on_gpu = rows[0]["device"] == "cuda"
+    copy = float(named[COPY]["gb_per_s"]) * (1.0 if on_gpu else 1.5)
+    roof = sorted(
+        {
+            (100 * float(row["density"]), float(row["ideal_bytes"]) / copy / 1e6)
+            for row in ours
+            if row["row"].startswith(("adamw_indexed_", "adamw_ dense"))
+        }
+    )
+    label = "ideal bytes at a copy's bandwidth" + ("" if on_gpu else ", reads of written lines counted")
+    axes.plot(*zip(*roof, strict=True), color="black", linewidth=1, label=label)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="entries trained, %",
+        ylabel="ms a step",
+        title=f"{rows[0]['machine']}\n{int(rows[0]['parameters']):,} float32 weights",
+    )
+    axes.set_xticks([1, 3, 10, 30, 100])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter("")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+
+
+def draw_memory(results: Sequence[Sequence[CsvRow]], path: Path) -> bool:
+    """Bytes per weight, stacked by kind: of the first machine, since they hardly depend on it."""
+    rows = next(
+        filter(
+            None, ([row for row in measured(rows) if row["script"] == "memory"] for rows in results)
+        ),
+        None,
+    )  # fmt: skip
+    if rows is None:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [row["row"] for row in rows]
+    left = [0.0] * len(rows)
+    for kind, color in zip(KINDS, ("#8c96a6", "#c9ced6", "#d9822b", "#2f6db0"), strict=True):
+        widths = [float(row[kind]) for row in rows]
+        axes.barh(names, widths, left=left, color=color, label=kind)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.scatter([float(row["peak"]) for row in rows], names, marker="|", color="black", label="peak ever")
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="bytes per weight, between steps",
+        title=f"{rows[0]['machine']}, {int(rows[0]['parameters']):,} weights",
+    )
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=130)
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the tables of a CSV, or writes them into a file."""
+    """Writes the README's tables and the figures, or prints one file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("csv", type=Path)
-    parser.add_argument("--into", type=Path, help="the file with the markers")
-    options = parser.parse_args(arguments)
-    table = render(read_csv(options.csv))
-    if options.into is None:
-        print(table)
-    else:
-        options.into.write_text(replace(options.into.read_text(), options.csv.stem, table))
+    parser.add_argument("csv", type=Path, nargs="?", help="print this one")
+    given = parser.parse_args(arguments)
+    if given.csv is not None:
+        print(render(read_csv(given.csv)))
+        return
+    results = all_results()
+    readme = REPOSITORY / "README.md"
+    readme.write_text(replace(readme.read_text(), readme_text(results)))
+    written = ["README.md"]
+    if draw_steps(results, RESULTS / STEP_FIGURE):
+        written.append(STEP_FIGURE)
+    if draw_memory(results, RESULTS / MEMORY_FIGURE):
+        written.append(MEMORY_FIGURE)
+    print(f"written from {len(results)} files of results: {', '.join(written)}")
 
 
 if __name__ == "__main__":

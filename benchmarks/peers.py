@@ -1,0 +1,245 @@
+"""What others offer: torch's own AdamW, the formulations of released code in torch ops, and other packages.
+
+Packages are measured where they import; a missing one is a row that says so. They are trusted to compute what
+they say: their own suites test it. The formulations written here pass a gate.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gates import CPU, SHAPES, adamw_with_masks, furthest
+from benchmarks.harness import COPY, Row, Step, UnavailableError, first_line
+from benchmarks.operands import LR, Operands, touched
+
+FUSED, FOREACH, FOR_LOOP = "torch fused", "torch foreach", "torch for-loop"
+DISTRIBUTIONS = "torch.distributions mask, then fused"
+RAND = "torch.rand mask, then fused"
+MULTIPLY = "bool mask multiplied, then fused"
+
+
+def gather(density: float) -> str:
+    """The name of the formulation with index_select."""
+    return f"index_select, update, index_copy, {density:.0%}"
+
+
+def plain_copy(numel: int, device: torch.device) -> Row:
+    """The bandwidth roof: a copy of as many float32 values."""
+
+    def make() -> Step:
+        source = torch.rand(numel, device=device)
+        target = torch.zeros_like(source)
+        return lambda: target.copy_(source)
+
+    return Row(COPY, 8 * numel, make)
+
+
+def torch_adamw(operands: Operands, name: str, **implementation: bool) -> Row:
+    """AdamW of torch.optim, whose moments have the dtype of the weights."""
+    moved = 7 * operands.dtype.itemsize * operands.numel
+    return Row(name, moved, lambda: torch.optim.AdamW(operands.params, lr=LR, **implementation).step)
+
+
+class MaskedGradients:
+    """Torch ops zero gradient entries in place, then AdamW (fused) runs: what released code does.
+
+    All formulations share one copy of the gradients, restored off the clock, and one optimizer.
+    """
+
+    def __init__(self, operands: Operands) -> None:
+        self.operands = operands
+        self.made: tuple[list[nn.Parameter], Callable[[], None], torch.optim.AdamW] | None = None
+
+    def row(self, name: str, mask_: Callable[[int, Tensor], object], ideal_bytes: float, keep: float) -> Row:
+        """The formulation that applies `mask_` to each gradient."""
+
+        def make() -> tuple[Step, Step]:
+            if self.made is None:
+                params, restore = self.operands.with_own_gradients()
+                self.made = params, restore, torch.optim.AdamW(params, lr=LR, fused=True)
+            params, restore, optimizer = self.made
+
+            @torch.no_grad()
+            def step() -> None:
+                for number, p in enumerate(params):
+                    mask_(number, p.grad)
+                optimizer.step()
+
+            return step, restore
+
+        def check() -> str | None:
+            grad = torch.ones(100_000, device=self.operands.device)
+            mask_(-1, grad)
+            share = float((grad != 0).double().mean())
+            return None if abs(share - keep) < 0.02 else f"{share:.3f} of the gradients are left, not {keep}"
+
+        return Row(name, ideal_bytes, make, check=check, density=keep)
+
+
+def by_distributions(keep: float) -> Callable[[int, Tensor], object]:
+    """The line of Child-Tuning's release."""
+
+    def mask_(number: int, grad: Tensor) -> object:
+        mask = torch.distributions.Bernoulli(grad.new_full(grad.size(), keep))
+        return grad.mul_(mask.sample() / keep)
+
+    return mask_
+
+
+def by_rand(keep: float) -> Callable[[int, Tensor], object]:
+    """The same with torch.rand."""
+    return lambda number, grad: grad.mul_(torch.rand_like(grad) < keep)
+
+
+def by_stored_mask(masks: Callable[[], Sequence[Tensor]], keep: float) -> Callable[[int, Tensor], object]:
+    """Multiplication with a stored bool mask."""
+    made: list[Sequence[Tensor]] = []
+
+    def mask_(number: int, grad: Tensor) -> object:
+        if number < 0:
+            return grad.mul_(torch.rand_like(grad) < keep)
+        if not made:
+            made.append(masks())
+        return grad.mul_(made[0][number])
+
+    return mask_
+
+
+class GatheredAdamW:
+    """AdamW on selected entries with compact moments, in plain torch: index_select, update, index_copy."""
+
+    def __init__(self, params: Sequence[Tensor], selected: Sequence[Tensor], lr: float = LR) -> None:
+        self.params, self.lr, self.t = params, lr, 0
+        self.indices = [mask.view(-1).nonzero().view(-1) for mask in selected]
+        self.exp_avgs = [torch.zeros(where.numel(), device=where.device) for where in self.indices]
+        self.exp_avg_sqs = [torch.zeros_like(exp_avg) for exp_avg in self.exp_avgs]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Updates the selected entries."""
+        self.t += 1
+        for p, where, exp_avg, exp_avg_sq in zip(
+            self.params, self.indices, self.exp_avgs, self.exp_avg_sqs, strict=True
+        ):
+            flat = p.data.view(-1)
+            grad, value = p.grad.view(-1).index_select(0, where), flat.index_select(0, where)
+            value.mul_(1 - self.lr * 0.01)
+            exp_avg.lerp_(grad, 1 - 0.9)
+            exp_avg_sq.mul_(0.999).addcmul_(grad, grad, value=1 - 0.999)
+            denom = (exp_avg_sq.sqrt() / (1 - 0.999**self.t) ** 0.5).add_(1e-8)
+            flat.index_copy_(0, where, value.addcdiv_(exp_avg, denom, value=-self.lr / (1 - 0.9**self.t)))
+
+
+def gathered(operands: Operands, density: float) -> Row:
+    """The same mask and arithmetic as ours, in torch ops; held to the same ideal."""
+    share = touched(density, operands.device)
+
+    def check() -> str | None:
+        small = Operands(SHAPES, operands.device, source=CPU)
+        masks = [mask.cpu() for mask in small.masks(density)]
+        exact = [nn.Parameter(w.cpu().double()) for w in small.weights]
+        moments = [[torch.zeros_like(w), torch.zeros_like(w)] for w in exact]
+        optimizer = GatheredAdamW(small.params, small.masks(density), lr=1e-2)
+        for step in range(4):
+            small.renew_gradients()
+            for p, grad in zip(exact, small.grads, strict=True):
+                p.grad = grad.cpu().double()
+            optimizer.step()
+            adamw_with_masks(exact, moments, masks, "frozen", step + 1, 1e-2)
+        error = furthest(small.weights, [p.detach() for p in exact])
+        return None if error < 1e-6 else f"error {error:.2g} against float64"
+
+    return Row(
+        gather(density),
+        (20 * density + 12 * share) * operands.numel,
+        lambda: GatheredAdamW(operands.params, operands.masks(density)).step,
+        check=check,
+        density=density,
+    )
+
+
+# other packages
+
+Build = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+
+
+def packages(dtype: torch.dtype) -> dict[str, tuple[str, str, float, Build]]:
+    """Optimizers by row: the package, its module, the bytes a step moves per weight, and how it is built.
+
+    States of 8 bits are read and written: 4 bytes, and 4 for every 256 entries, twice. FlashOptim's have
+    16-bit scales for every 32 entries, and a byte that brings bfloat16 weights to 24 bits.
+    """
+    size = dtype.itemsize
+    low = dtype != torch.float32
+
+    def build(module: str, name: str, **options: object) -> Build:
+        return lambda params: getattr(importlib.import_module(module), name)(params, lr=LR, **options)
+
+    return {
+        "bitsandbytes AdamW": (
+            "bitsandbytes",
+            "bitsandbytes.optim",
+            3 * size + 16,
+            build("bitsandbytes.optim", "AdamW"),
+        ),
+        "bitsandbytes AdamW8bit": (
+            "bitsandbytes",
+            "bitsandbytes.optim",
+            3 * size + 4.0625,
+            build("bitsandbytes.optim", "AdamW8bit"),
+        ),
+        "torchao AdamW8bit": (
+            "torchao",
+            "torchao.optim",
+            3 * size + 4.0625,
+            build("torchao.optim", "AdamW8bit"),
+        ),
+        "flashoptim FlashAdamW": (
+            "flashoptim",
+            "flashoptim",
+            3 * size + 4.25 + 2 * low,
+            build("flashoptim", "FlashAdamW", master_weight_bits=24 if low else None),
+        ),
+    }
+
+
+def package_rows(operands: Operands) -> list[Row]:
+    """A row for each optimizer of an installed package, and one for each package that is missing."""
+    rows = []
+    for name, (package, module, moved, build) in packages(operands.dtype).items():
+        missing = why_missing(module)
+        if missing:
+            if package not in [row.name for row in rows]:
+                rows.append(Row(package, 0.0, lambda text=missing: _raise(UnavailableError(text))))
+            continue
+
+        def make(build: Build = build) -> Step:
+            try:
+                step = build(operands.params).step
+                # some compile at their first step, and fail there
+                step()
+            except Exception as error:
+                raise UnavailableError(first_line(error)) from error
+            return step
+
+        rows.append(Row(name, moved * operands.numel, make))
+    return rows
+
+
+def why_missing(module: str) -> str:
+    """Why a package cannot be imported; empty if it can."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return f"not installed ({error})" if error.name != module.partition(".")[0] else "not installed"
+    except Exception as error:
+        return f"cannot be imported: {first_line(error)}"
+    return ""
+
+
+def _raise(error: Exception) -> Step:
+    raise error
