@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 from . import backends
 from .backends.reference import (
     CONTROL_DRAWS,
+    FIRST_WIDTH,
     MASK_DRAWS,
     WEIGHT_ROUNDING_DRAWS,
     Draws,
@@ -45,14 +45,36 @@ Unselected = Literal["frozen", "zero_grad", "track"]
 _UNSELECTED = ("frozen", "zero_grad", "track")
 
 
-@dataclass
-class _Bucket:
-    """Parameters that one call of a verb can update together."""
+class _Call(NamedTuple):
+    """Parameters of one bucket whose masks are of one kind, so that one call of a verb updates them."""
+
+    places: list[int]  # in the bucket
+    params: list[Tensor]
+    kind: type[Mask]
+    mask_keys: list[int]  # of drawn masks
+    rounding_keys: list[int]
+    sizes: list[int]  # of each state, in keys
+
+
+class _Bucket(NamedTuple):
+    """Parameters of one group, device and dtype, and their gradients."""
 
     group: dict[str, Any]
     backend: ModuleType
     params: list[Tensor]
     grads: list[Tensor]
+    calls: dict[tuple[bool, int], list[_Call]]  # by what decides about masks; filled when first asked for
+
+
+class _Plan(NamedTuple):
+    """How parameters fall into buckets: worked out once, for as long as `signature` stays the same.
+
+    It holds no gradient and no state, which others may free, replace or move between steps.
+    """
+
+    signature: tuple[object, ...]
+    # the group's number, places among all parameters, and the bucket but for its group and gradients
+    buckets: list[tuple[int, list[int], _Bucket]]
 
 
 class MaskedAdamW(SurvivingOptimizer):
@@ -127,6 +149,7 @@ class MaskedAdamW(SurvivingOptimizer):
     )
     _depths: dict[str, int] | None = None
     _keys_checked: bool = False
+    _plan: _Plan | None = None
 
     def __init__(
         self,
@@ -250,12 +273,16 @@ class MaskedAdamW(SurvivingOptimizer):
                 self.select()
                 observing = False
         if observing and isinstance(policy, TopK):
-            self._accumulate([bucket for bucket in buckets if bucket.group["masked"]])
+            masked = [bucket for bucket in buckets if bucket.group["masked"]]
             if policy.schedule.phase(self._number("clock") + 1) % 2 == 1:
                 # found before and applied after the update: an error leaves the weights alone
-                selected, spoiled = self._selection()
+                observed = self._observed(masked)
+                selected, spoiled = self._selection(observed, self._accumulate(masked, observed))
+            elif not self._accumulates_in_update:
+                self._accumulate(masked)
         if not observing or self._trains_while_observing:
-            self._update(buckets, observing)
+            accumulating = observing and selected is None and self._accumulates_in_update
+            self._update(buckets, observing, accumulating=accumulating)
         if selected is not None:
             self._apply_selection(selected)
         self._advance()
@@ -267,17 +294,38 @@ class MaskedAdamW(SurvivingOptimizer):
         change.
         """
         self._follow_swapped_parameters()
-        buckets: dict[tuple[object, ...], _Bucket] = {}
+        params = [p for known in self._known for p in known]
+        grads: list[Any] = [p.grad for p in params]
+        kinds = [
+            None if grad is None else (p.dtype, p.device, grad.dtype, grad.layout)
+            for p, grad in zip(params, grads, strict=True)
+        ]
+        switches = [(group["masked"], group["amsgrad"]) for group in self.param_groups]
+        signature = (self.policy, self.unselected, self.backend, switches, kinds)
+        if self._plan is None or self._plan.signature != signature:
+            self._plan = _Plan(signature, self._plan_buckets(kinds))
+        return [
+            bucket._replace(group=self.param_groups[number], grads=[grads[i] for i in places])
+            for number, places, bucket in self._plan.buckets
+        ]
+
+    def _plan_buckets(self, kinds: Sequence[object]) -> list[tuple[int, list[int], _Bucket]]:
+        buckets: dict[tuple[object, ...], tuple[int, list[int], _Bucket]] = {}
+        seen: set[Tensor] = set()
+        place = 0
         for number, group in enumerate(self.param_groups):
-            for p in dict.fromkeys(group["params"]):
-                if p.grad is None:
-                    continue
-                self._check_gradient(p, group)
-                kind = (number, p.device, p.dtype, p.grad.dtype)
-                if kind not in buckets:
-                    buckets[kind] = _Bucket(group, self._backend(p.device), [], [])
-                buckets[kind].params.append(p)
-                buckets[kind].grads.append(p.grad)
+            for p in group["params"]:
+                if kinds[place] is not None and p not in seen:
+                    self._check_gradient(p, group)
+                    key = (number, kinds[place])
+                    if key not in buckets:
+                        bucket = _Bucket({}, self._backend(p.device), [], [], {})
+                        buckets[key] = (number, [], bucket)
+                    _, places, bucket = buckets[key]
+                    places.append(place)
+                    bucket.params.append(p)
+                    seen.add(p)
+                place += 1
         if self._uses_keys:
             self._check_keys()
         return list(buckets.values())
@@ -307,31 +355,65 @@ class MaskedAdamW(SurvivingOptimizer):
                 "got no call; call it, or give every= a number of steps."
             )
 
-    def _accumulate(self, buckets: list[_Bucket]) -> None:
-        """p.grad --accumulate_--> statistic."""
-        assert isinstance(self.policy, TopK)
-        for bucket in buckets:
-            states = [self._start(p) for p in bucket.params]
-            for p, state in zip(bucket.params, states, strict=True):
-                if "statistic" not in state:
-                    key = self._tensor_key(p)
-                    state["statistic"] = self.policy.statistic.init(p, seed=self._number("seed"), key=key)
-                    state["nonfinite"] = torch.zeros((), dtype=torch.bool, device=p.device)
-            with torch.no_grad():
-                self.policy.statistic.update(
-                    [state["statistic"] for state in states],
-                    bucket.grads,
-                    [state["nonfinite"] for state in states],
-                    bucket.backend,
-                )
+    def _accumulate(self, buckets: list[_Bucket], observed: Sequence[Tensor] = ()) -> Tensor | None:
+        """p.grad --accumulate_--> statistic.
 
-    def _selection(self) -> tuple[dict[Tensor, Mask], str]:
-        """statistic --score--> policy --histogram, compact--> mask, for every parameter that was observed.
-
-        Also returns what there is to warn of once everything is done.
+        Returns what the first round of a selection among the `observed` counts, row by row in their order,
+        where these gradients complete all of their scores; else None.
         """
         assert isinstance(self.policy, TopK)
-        observed = [p for p in self._all_names() if "statistic" in self.state.get(p, {})]
+        statistic, per_tensor = self.policy.statistic, self.policy.scope == "tensor"
+        columns = [self._statistics(bucket.params) for bucket in buckets]
+        arriving = [p for bucket in buckets for p in bucket.params]
+        counts = None
+        rides = statistic.is_accumulated and statistic.is_its_own_score
+        if rides and observed and len(arriving) == len(observed):
+            kinds = {(t.device, t.dtype) for statistics, _ in columns for t in statistics}
+            device, dtype = kinds.pop()
+            if not kinds and dtype in (torch.float32, torch.bfloat16):
+                rows = len(arriving) if per_tensor else 1
+                counts = torch.zeros(rows, 1 << FIRST_WIDTH, dtype=torch.int64, device=device)
+        row = 0
+        for bucket, (statistics, nonfinite) in zip(buckets, columns, strict=True):
+            with torch.no_grad():
+                if counts is None:
+                    statistic.update(statistics, bucket.grads, nonfinite, bucket.backend)
+                else:
+                    bucket.backend.accumulate_(
+                        statistics, bucket.grads, nonfinite,
+                        kind=statistic.accumulates, grad_scales=statistic.grad_scales(bucket.grads),
+                        first_counts=counts[row : row + len(statistics)] if per_tensor else counts,
+                        absolute=statistic.absolute,
+                    )  # fmt: skip
+            row += len(statistics)
+        if counts is not None and per_tensor:
+            rows_of = {p: row for row, p in enumerate(arriving)}
+            counts = counts[[rows_of[p] for p in observed]]
+        return counts
+
+    def _statistics(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The statistics of parameters and their flags for non-finite gradients, begun where there are
+        none.
+        """
+        assert isinstance(self.policy, TopK)
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if "statistic" not in state:
+                self._start(p)
+                key = self._tensor_key(p)
+                state["statistic"] = self.policy.statistic.init(p, seed=self._number("seed"), key=key)
+                state["nonfinite"] = torch.zeros((), dtype=torch.bool, device=p.device)
+        return [state["statistic"] for state in states], [state["nonfinite"] for state in states]
+
+    def _observed(self, buckets: Sequence[_Bucket] = ()) -> list[Tensor]:
+        """Every parameter that was observed, or is about to be, in the order that breaks ties.
+
+        Refuses what no selection can come of, before a gradient is counted: the step can then be made again.
+        What only the counts tell, too few finite scores or a k of 0, no further gradient would mend.
+        """
+        assert isinstance(self.policy, TopK)
+        arriving = {p for bucket in buckets for p in bucket.params}
+        observed = [p for p in self._all_names() if p in arriving or "statistic" in self.state.get(p, {})]
         if not observed:
             explicit = self.policy.schedule.observe is None
             remedy = (
@@ -342,18 +424,33 @@ class MaskedAdamW(SurvivingOptimizer):
                 f"{remedy}."
             )
         statistic = self.policy.statistic
-        missing = [p for p in observed if statistic.needs_curvature and "curvature" not in self.state[p]]
+        missing = [
+            p for p in observed if statistic.needs_curvature and "curvature" not in self.state.get(p, {})
+        ]
         if missing:
             raise RuntimeError(
                 f"{type(statistic).__name__} needs the curvature of every observed parameter, got none for "
                 f"{self._name(missing[0])!r}; call optimizer.observe_curvature(loss) while observing."
             )
+        return observed
+
+    def _selection(
+        self, observed: list[Tensor], first_counts: Tensor | None = None
+    ) -> tuple[dict[Tensor, Mask], str]:
+        """statistic --score--> policy --histogram, compact--> mask, for every parameter that was observed.
+
+        Also returns what there is to warn of once everything is done.
+        """
+        assert isinstance(self.policy, TopK)
+        statistic = self.policy.statistic
         masks = self.policy.select(
             [statistic.score(self.state[p]["statistic"], self.state[p]) for p in observed],
             self._backend(observed[0].device),
             as_bits=not self._compact,
+            first_counts=first_counts,
         )
-        spoiled = [p for p in observed if self.state[p]["nonfinite"]]
+        flags = torch.stack([self.state[p]["nonfinite"].to(observed[0].device) for p in observed]).tolist()
+        spoiled = [p for p, flag in zip(observed, flags, strict=True) if flag]
         warning = ""
         if spoiled:
             warning = (
@@ -364,6 +461,7 @@ class MaskedAdamW(SurvivingOptimizer):
 
     def _apply_selection(self, masks: Mapping[Tensor, Mask]) -> None:
         """Store new masks, carry compact state over to them, and drop the statistics."""
+        self._plan = None
         lists: dict[Tensor, Tensor] = {}
         for p, mask in masks.items():
             state = self.state[p]
@@ -403,44 +501,62 @@ class MaskedAdamW(SurvivingOptimizer):
             for state, keys, values in zip(states, compact, carried, strict=True):
                 state.update(zip(keys, values, strict=True))
 
-    def _update(self, buckets: list[_Bucket], observing: bool) -> None:
-        """mask --adamw_--> p, exp_avg, exp_avg_sq: one call per bucket and kind of mask."""
-        draw = self._draw()
-        calls: list[tuple[_Bucket, list[Mask]]] = []
-        for bucket in buckets:
-            masks = [self._mask(p, bucket.group, observing=observing, draw=draw) for p in bucket.params]
-            # tensors whose entries have ages of their own cannot share a call with those that have one step
-            # for all
-            kinds = [
-                (type(m), "age" in self.state.get(p, {})) for p, m in zip(bucket.params, masks, strict=True)
-            ]
-            for kind in dict.fromkeys(kinds):
-                part = [i for i, mask in enumerate(masks) if kinds[i] == kind and mask is not NOTHING]
-                if part:
-                    params, grads = [bucket.params[i] for i in part], [bucket.grads[i] for i in part]
-                    calls.append(
-                        (_Bucket(bucket.group, bucket.backend, params, grads), [masks[i] for i in part])
-                    )
-        verbs = [self._verb(bucket, masks) for bucket, masks in calls]
+    def _update(self, buckets: list[_Bucket], observing: bool, *, accumulating: bool) -> None:
+        """mask --adamw_--> p, exp_avg, exp_avg_sq: one call per bucket and kind of mask. `accumulating`, the
+        same calls do p.grad --accumulate_--> statistic.
+        """
+        verbs = [
+            self._verb(bucket, call, states, accumulating and bucket.group["masked"])
+            for bucket in buckets
+            for call, states in self._calls(bucket, observing)
+        ]
         grad_scale = self._clip([norm for _, norm in verbs]) if self.max_grad_norm is not None else None
         for update, _ in verbs:
             update(grad_scale)
 
+    def _calls(self, bucket: _Bucket, observing: bool) -> list[tuple[_Call, list[dict[str, Any]]]]:
+        """A bucket by kinds of masks, with the states of its parameters, which have what an update needs."""
+        draw = self._draw()
+        key = (observing, draw if isinstance(self.policy, GradualUnfreezing) else 0)
+        known = bucket.calls.get(key)
+        if known is not None:
+            pairs = [(call, [self.state[p] for p in call.params]) for call in known]
+            # a selection or a loaded state ends the plan; what others add or drop shows in the sizes
+            if all(list(map(len, states)) == call.sizes for call, states in pairs):
+                return pairs
+        masks = [self._mask(p, bucket.group, observing=observing, draw=draw) for p in bucket.params]
+        # tensors whose entries have ages of their own cannot share a call with those that have one step
+        # for all
+        kinds = [(type(m), "age" in self.state.get(p, {})) for p, m in zip(bucket.params, masks, strict=True)]
+        pairs = []
+        for kind in dict.fromkeys(kinds):
+            places = [i for i, mask in enumerate(masks) if kinds[i] == kind and mask is not NOTHING]
+            if places:
+                params = [bucket.params[i] for i in places]
+                states = [self._start(bucket.params[i], masks[i], bucket.group["amsgrad"]) for i in places]
+                rounded = self.stochastic_rounding and params[0].dtype == torch.bfloat16
+                call = _Call(
+                    places,
+                    params,
+                    kind[0],
+                    [self._mask_key(p) for p in params] if kind[0] is Seeded else [],
+                    [self._tensor_key(p) for p in params] if rounded else [],
+                    [len(state) for state in states],
+                )
+                pairs.append((call, states))
+        bucket.calls[key] = [call for call, _ in pairs]
+        return pairs
+
     def _verb(
-        self, bucket: _Bucket, masks: list[Mask]
+        self, bucket: _Bucket, call: _Call, states: list[dict[str, Any]], accumulating: bool
     ) -> tuple[Callable[[Tensor | None], None], Callable[[], Tensor]]:
-        """The update of a bucket under masks of one kind, and the squared norm of the gradients that it
-        applies.
-        """
-        group, backend, first = bucket.group, bucket.backend, masks[0]
-        states = [
-            self._start(p, mask, group["amsgrad"]) for p, mask in zip(bucket.params, masks, strict=True)
-        ]
+        """One call that updates, and the squared norm of the gradients that it applies."""
+        group, backend, params = bucket.group, bucket.backend, call.params
+        grads = [bucket.grads[i] for i in call.places]
 
         def column(key: str) -> list[Tensor]:
-            return [state[key] for state in states if key in state]
+            return [state[key] for state in states] if key in states[0] else []
 
-        grads, params = bucket.grads, bucket.params
         moments = [
             column("exp_avg"),
             column("exp_avg_sq"),
@@ -458,7 +574,7 @@ class MaskedAdamW(SurvivingOptimizer):
             "maximize": group["maximize"],
             "differentiable": self.defaults["differentiable"],
         }
-        if isinstance(first, Indexed):
+        if call.kind is Indexed:
             indices = column("indices")
 
             def update_indexed(grad_scale: Tensor | None) -> None:
@@ -469,21 +585,32 @@ class MaskedAdamW(SurvivingOptimizer):
 
             return update_indexed, lambda: backend.norm(grads, indices=indices)
         selection: dict[str, Any] = {}
-        rescale = 1.0
-        if isinstance(first, Bits):
+        observation: dict[str, Any] = {}
+        rescale, rounding = 1.0, None
+        if call.kind is Bits:
             selection = {"bits": column("bits")}
-        elif isinstance(first, Seeded):
+        elif call.kind is Seeded:
             assert isinstance(self.policy, Bernoulli)
-            selection = {"seeded": _draws([mask for mask in masks if isinstance(mask, Seeded)])}
+            mask = self.policy.mask(self._number("seed"), self._draw(), 0)
+            selection = {"seeded": _draws(mask, call.mask_keys)}
             rescale = 1 / self.policy.keep if self.policy.rescale else 1.0
-        rounding = None
-        if self.stochastic_rounding and params[0].dtype == torch.bfloat16:
+        if call.rounding_keys:
             draw = purpose_draw(WEIGHT_ROUNDING_DRAWS, self._number("clock"))
-            rounding = Draws(self._number("seed"), draw, 0, [self._tensor_key(p) for p in bucket.params])
+            rounding = Draws(self._number("seed"), draw, 0, call.rounding_keys)
+        if accumulating:
+            assert isinstance(self.policy, TopK)
+            statistic = self.policy.statistic
+            statistics, nonfinite = self._statistics(params)
+            observation = {
+                "statistics": statistics,
+                "nonfinite": nonfinite,
+                "kind": statistic.accumulates,
+                "statistic_scales": statistic.grad_scales(grads),
+            }
 
         def update(grad_scale: Tensor | None) -> None:
             backend.adamw_(
-                params, grads, *moments, column("step"), **hyper, **selection,
+                params, grads, *moments, column("step"), **hyper, **selection, **observation,
                 grad_scale=grad_scale, unselected=self.unselected, rescale=rescale, rounding=rounding,
             )  # fmt: skip
 
@@ -561,6 +688,17 @@ class MaskedAdamW(SurvivingOptimizer):
         return isinstance(self.policy, TopK) and self.policy.schedule.meanwhile == "everything"
 
     @property
+    def _accumulates_in_update(self) -> bool:
+        """Whether steps that observe and train everything read each gradient once, for both."""
+        return (
+            isinstance(self.policy, TopK)
+            and self._trains_while_observing
+            and self.policy.statistic.is_accumulated
+            # autograd would record the statistic with the update
+            and not self.defaults["differentiable"]
+        )
+
+    @property
     def _uses_keys(self) -> bool:
         if isinstance(self.policy, TopK):
             return self.stochastic_rounding or self.policy.statistic.random
@@ -610,7 +748,7 @@ class MaskedAdamW(SurvivingOptimizer):
         self._follow_swapped_parameters()
         if isinstance(self.policy, TopK) and self.policy.trains_everything:
             return
-        selected, spoiled = self._selection()
+        selected, spoiled = self._selection(self._observed())
         self._apply_selection(selected)
         self._set_numbers(phase=self._number("phase") // 2 * 2 + 1)
         if spoiled:
@@ -643,6 +781,8 @@ class MaskedAdamW(SurvivingOptimizer):
                 f"name must be that of a named parameter of this optimizer that is masked, got {name!r}; "
                 "pass model.named_parameters()."
             )
+        if not isinstance(count, Tensor):
+            raise TypeError(f"count must be a tensor, got {count!r}; write torch.tensor(...).")
         try:
             count = count.detach().to(device=p.device, dtype=torch.float32, copy=True)
             count.expand(p.shape)
@@ -772,7 +912,7 @@ class MaskedAdamW(SurvivingOptimizer):
         if isinstance(mask, Indexed):
             selected[mask.indices.long()] = True
         elif isinstance(mask, Seeded):
-            selected = seeded_mask(_draws([mask]), 0, param.numel(), whole(param), param.device)
+            selected = seeded_mask(_draws(mask, [mask.key]), 0, param.numel(), whole(param), param.device)
         return selected.view(param.shape)
 
     def _last_mask(self, p: Tensor, group: dict[str, Any]) -> Mask:
@@ -810,6 +950,7 @@ class MaskedAdamW(SurvivingOptimizer):
         super()._remember_parameters()
         self._depths = None
         self._keys_checked = False
+        self._plan = None
 
     def _depth(self, p: Tensor) -> int:
         """The stage in which gradual unfreezing lets a parameter train."""
@@ -881,7 +1022,9 @@ class MaskedAdamW(SurvivingOptimizer):
         wants_reference = (
             switches["foreach"] is not None or switches["fused"] is False or switches["differentiable"]
         )  # fmt: skip
-        return backends.resolve(self.backend, device, wants_reference=wants_reference)
+        return backends.resolve(
+            self.backend, device, wants_reference=wants_reference, wants_accelerated=bool(switches["fused"])
+        )
 
     def _check_gradient(self, p: Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None
@@ -908,11 +1051,9 @@ class MaskedAdamW(SurvivingOptimizer):
             )
 
 
-def _draws(masks: list[Seeded]) -> Draws:
-    """Masks of one draw in the form in which backends take them."""
-    first = masks[0]
-    draw = purpose_draw(MASK_DRAWS, first.draw)
-    return Draws(first.seed, draw, first.threshold, [mask.key for mask in masks], first.one_word)
+def _draws(mask: Seeded, keys: Sequence[int]) -> Draws:
+    """Masks that differ in their keys alone, in the form in which backends take them."""
+    return Draws(mask.seed, purpose_draw(MASK_DRAWS, mask.draw), mask.threshold, keys, mask.one_word)
 
 
 def _check_hyperparameters(

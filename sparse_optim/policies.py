@@ -161,7 +161,7 @@ class Bernoulli:
         """The number of the mask that applies after `clock` applied steps, in the `epoch`-th epoch."""
         return epoch - 1 if self.every == "epoch" else clock // self.every
 
-    def mask(self, seed: int, draw: int, key: int) -> Mask:
+    def mask(self, seed: int, draw: int, key: int) -> Seeded:
         """The mask of one tensor."""
         return Seeded(seed, draw, math.floor(self.keep * 2**32), key, self.unit != "entry")
 
@@ -199,7 +199,7 @@ class TopK:
         _check_choice("cut", self.cut, ("exact", "percentile", "ceil"))
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {self.schedule!r}; write Schedule(observe=n).")
-        if not isinstance(self.statistic, Statistic):
+        if not isinstance(self.statistic, Statistic) or type(self.statistic) is Statistic:
             raise TypeError(
                 f"statistic must be a statistic such as SquaredGradient(), got {self.statistic!r}; pass an "
                 "instance."

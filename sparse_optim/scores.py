@@ -1,15 +1,14 @@
 """Statistics: what is remembered about gradients, and the score that ranks the entries in the end.
 
-A statistic is an immutable record; the optimizer owns the memory. `init` makes the tensor, `update` adds one
-gradient, and `score` reads it out when entries are selected: usually the tensor itself, or its magnitude
-(`absolute`).
+A statistic is an immutable record; the optimizer owns the memory. `init` makes the tensor, `accumulates` says
+what a gradient adds to it, and `score` reads it out when entries are selected: usually the tensor itself, or
+its magnitude (`absolute`).
 The last three are controls, which a fair comparison needs: `RandomScore`, `Magnitude`, `Lowest`.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,10 +19,16 @@ from torch import Tensor
 
 from .backends.reference import CONTROL_DRAWS, philox_words, purpose_draw
 
+_KINDS = ("squares", "signed", "absolute", "")
 
-class Statistic(ABC):
-    """What a `TopK` policy remembers; subclass it as a frozen dataclass to rank entries by something else."""
 
+class Statistic:
+    """What a `TopK` policy remembers; subclass it as a frozen dataclass to rank entries by something else.
+
+    A subclass says what gradients add with `accumulates`, or writes an `update` of its own.
+    """
+
+    accumulates: ClassVar[str]  # "squares", "signed" or "absolute" gradients; "" learns nothing from them
     absolute: ClassVar[bool] = False  # rank by the magnitude of the score
     needs_curvature: ClassVar[bool] = False  # optimizer.observe_curvature() has to be called before selecting
     counts: ClassVar[bool] = False  # optimizer.set_count() means something
@@ -36,7 +41,11 @@ class Statistic(ABC):
         del seed, key
         return torch.zeros(param.shape, dtype=torch.float32, device=param.device)
 
-    @abstractmethod
+    def grad_scales(self, grads: Sequence[Tensor]) -> list[Tensor] | None:
+        """0-dim factors on the gradients before they are added, or None for 1."""
+        del grads
+        return None
+
     def update(
         self,
         statistics: Sequence[Tensor],
@@ -45,11 +54,35 @@ class Statistic(ABC):
         backend: ModuleType,
     ) -> None:
         """Add one gradient per tensor; raise the 0-dim bool flag of a tensor with a non-finite entry."""
+        if self.accumulates:
+            scales = self.grad_scales(grads)
+            backend.accumulate_(statistics, grads, nonfinite, kind=self.accumulates, grad_scales=scales)
+
+    @property
+    def is_accumulated(self) -> bool:
+        """Whether `accumulates` and `grad_scales` are all there is to an update, so that other passes over
+        the gradients can do it along with their own work.
+        """
+        return type(self).update is Statistic.update and self.accumulates != ""
 
     def score(self, statistic: Tensor, state: Mapping[str, Any]) -> Tensor:
         """What ranks the entries, without changing the statistic. `state` is the parameter's whole state."""
         del state
         return statistic
+
+    @property
+    def is_its_own_score(self) -> bool:
+        """Whether `score` returns the statistic as it is."""
+        return type(self).score is Statistic.score
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        kind = getattr(cls, "accumulates", None)
+        if cls.update is Statistic.update and kind not in _KINDS:
+            raise TypeError(
+                f"accumulates of {cls.__name__} must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}; "
+                "say what gradients add, or write update()."
+            )
 
 
 @dataclass(frozen=True)
@@ -70,6 +103,7 @@ class SquaredGradient(Statistic):
         EMNLP 2021.
     """
 
+    accumulates: ClassVar[str] = "squares"
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
@@ -79,21 +113,14 @@ class SquaredGradient(Statistic):
                 "gradients as they are."
             )
 
-    def update(
-        self,
-        statistics: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        nonfinite: Sequence[Tensor],
-        backend: ModuleType,
-    ) -> None:
-        """Add the squares."""
-        scales = None
-        if self.clip_norm is not None:
-            # the small constant is that of torch.nn.utils.clip_grad_norm_, which the release calls per tensor
-            wide = [torch.float64 if g.dtype == torch.float64 else torch.float32 for g in grads]
-            norms = [torch.linalg.vector_norm(g, dtype=dtype) for g, dtype in zip(grads, wide, strict=True)]
-            scales = [(self.clip_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
-        backend.accumulate_(statistics, grads, nonfinite, kind="squares", grad_scales=scales)
+    def grad_scales(self, grads: Sequence[Tensor]) -> list[Tensor] | None:
+        """Factors that clip each gradient's norm."""
+        if self.clip_norm is None:
+            return None
+        # the small constant is that of torch.nn.utils.clip_grad_norm_, which the release calls per tensor
+        wide = [torch.float64 if g.dtype == torch.float64 else torch.float32 for g in grads]
+        norms = [torch.linalg.vector_norm(g, dtype=dtype) for g, dtype in zip(grads, wide, strict=True)]
+        return [(self.clip_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
 
 
 @dataclass(frozen=True)
@@ -113,18 +140,16 @@ class CountedSquaredGradient(Statistic):
         Adaptively, NeurIPS 2022 (DPS Mix). The formula is that of the released code.
     """
 
+    accumulates: ClassVar[str] = "squares"
     counts: ClassVar[bool] = True
     penalty_steps: int | None = None
 
-    def update(
-        self,
-        statistics: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        nonfinite: Sequence[Tensor],
-        backend: ModuleType,
-    ) -> None:
-        """Add the squares."""
-        backend.accumulate_(statistics, grads, nonfinite, kind="squares")
+    def __post_init__(self) -> None:
+        steps = self.penalty_steps
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(
+                f"penalty_steps must be a positive integer, got {steps!r}; use None for no penalty."
+            )
 
     def score(self, statistic: Tensor, state: Mapping[str, Any]) -> Tensor:
         """Squares per count, penalised."""
@@ -149,17 +174,8 @@ class SignedGradient(Statistic):
         Fu et al., On the Effectiveness of Parameter-Efficient Fine-Tuning, AAAI 2023.
     """
 
+    accumulates: ClassVar[str] = "signed"
     absolute: ClassVar[bool] = True
-
-    def update(
-        self,
-        statistics: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        nonfinite: Sequence[Tensor],
-        backend: ModuleType,
-    ) -> None:
-        """Add the gradients."""
-        backend.accumulate_(statistics, grads, nonfinite, kind="signed")
 
 
 @dataclass(frozen=True)
@@ -177,18 +193,9 @@ class CurvatureScaledGradient(Statistic):
         Fu et al., On the Effectiveness of Parameter-Efficient Fine-Tuning, AAAI 2023.
     """
 
+    accumulates: ClassVar[str] = "signed"
     needs_curvature: ClassVar[bool] = True
     random: ClassVar[bool] = True
-
-    def update(
-        self,
-        statistics: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        nonfinite: Sequence[Tensor],
-        backend: ModuleType,
-    ) -> None:
-        """Add the gradients."""
-        backend.accumulate_(statistics, grads, nonfinite, kind="signed")
 
     def score(self, statistic: Tensor, state: Mapping[str, Any]) -> Tensor:
         """Squared gradient over curvature."""
@@ -203,6 +210,7 @@ class RandomScore(Statistic):
     selection.
     """
 
+    accumulates: ClassVar[str] = ""
     random: ClassVar[bool] = True
 
     def init(self, param: Tensor, *, seed: int, key: int) -> Tensor:
@@ -211,35 +219,17 @@ class RandomScore(Statistic):
         words = philox_words(seed, purpose_draw(CONTROL_DRAWS, 0), key, entries)
         return (words >> 8).to(torch.float32).view(param.shape)
 
-    def update(
-        self,
-        statistics: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        nonfinite: Sequence[Tensor],
-        backend: ModuleType,
-    ) -> None:
-        """Nothing is learnt from gradients."""
-        del statistics, grads, nonfinite, backend
-
 
 @dataclass(frozen=True)
 class Magnitude(Statistic):
     """|w| when observation begins: magnitude selection, a control."""
 
+    accumulates: ClassVar[str] = ""
+
     def init(self, param: Tensor, *, seed: int, key: int) -> Tensor:
         """The magnitudes."""
         del seed, key
         return param.detach().to(torch.float32, memory_format=torch.contiguous_format).abs()
-
-    def update(
-        self,
-        statistics: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        nonfinite: Sequence[Tensor],
-        backend: ModuleType,
-    ) -> None:
-        """Nothing is learnt from gradients."""
-        del statistics, grads, nonfinite, backend
 
 
 @dataclass(frozen=True)
@@ -253,12 +243,23 @@ class Lowest(Statistic):
     statistic: Statistic
 
     def __post_init__(self) -> None:
-        for needed in ("needs_curvature", "counts", "random"):
-            object.__setattr__(self, needed, getattr(self.statistic, needed))
+        if not isinstance(self.statistic, Statistic):
+            raise TypeError(
+                f"statistic must be a statistic such as SquaredGradient(), got {self.statistic!r}; pass an "
+                "instance."
+            )
+        for name in ("needs_curvature", "counts", "random"):
+            object.__setattr__(self, name, getattr(self.statistic, name))
+        # absent where the other statistic has an update of its own
+        object.__setattr__(self, "accumulates", getattr(self.statistic, "accumulates", ""))
 
     def init(self, param: Tensor, *, seed: int, key: int) -> Tensor:
         """That of the other statistic."""
         return self.statistic.init(param, seed=seed, key=key)
+
+    def grad_scales(self, grads: Sequence[Tensor]) -> list[Tensor] | None:
+        """Those of the other statistic."""
+        return self.statistic.grad_scales(grads)
 
     def update(
         self,
@@ -269,6 +270,11 @@ class Lowest(Statistic):
     ) -> None:
         """That of the other statistic."""
         self.statistic.update(statistics, grads, nonfinite, backend)
+
+    @property
+    def is_accumulated(self) -> bool:
+        """As the other statistic is."""
+        return self.statistic.is_accumulated
 
     def score(self, statistic: Tensor, state: Mapping[str, Any]) -> Tensor:
         """Its score, negated."""

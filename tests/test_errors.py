@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_optim import Bernoulli, ChildTuningAdamW, MaskedAdamW, Schedule, SquaredGradient, TopK
+from sparse_optim import (
+    Bernoulli,
+    ChildTuningAdamW,
+    CountedSquaredGradient,
+    Lowest,
+    MaskedAdamW,
+    Schedule,
+    SquaredGradient,
+    Statistic,
+    TopK,
+    backends,
+)
 
 
 def weight(*shape, dtype=torch.float32):
@@ -254,6 +265,33 @@ WE_REFUSE = table(
             TypeError,
             r"statistic must be .*SquaredGradient\(\).*, got <class .*SquaredGradient'>; ",
         ),
+        (
+            "statistic_is_the_base_class",
+            lambda: TopK(0.5, statistic=Statistic()),
+            TypeError,
+            r"statistic must be .*SquaredGradient\(\).*, got <.*Statistic object.*>; ",
+        ),
+        (
+            "lowest_of_a_class",
+            lambda: Lowest(SquaredGradient),
+            TypeError,
+            r"statistic must be .*SquaredGradient\(\).*, got <class .*SquaredGradient'>; ",
+        ),
+        (
+            "lowest_of_a_word",
+            lambda: Lowest("squares"),
+            TypeError,
+            r"statistic must be .*, got 'squares'; ",
+        ),
+        *(
+            (
+                f"penalty_steps={steps!r}",
+                lambda steps=steps: CountedSquaredGradient(steps),
+                ValueError,
+                rf"penalty_steps must be a positive integer, got {steps!r}; ",
+            )
+            for steps in (0, -1, 2.5, "10", True)
+        ),
         ("schedule=5", lambda: TopK(0.5, schedule=5), TypeError, r"schedule must be a Schedule.*, got 5; "),
         ("observe=0", lambda: Schedule(observe=0), ValueError, r"observe must be .*, got 0; "),
         ("observe=-3", lambda: Schedule(observe=-3), ValueError, r"observe must be .*, got -3; "),
@@ -398,24 +436,6 @@ WE_REFUSE = table(
             r"capturable=True is not .*; ",
         ),
         (
-            "fused=True",
-            lambda: MaskedAdamW([weight()], fused=True),
-            RuntimeError,
-            r"fused=True needs an accelerated backend.*native.*triton.*; ",
-        ),
-        (
-            "backend='native'",
-            lambda: MaskedAdamW([weight()], backend="native"),
-            RuntimeError,
-            r"backend='native' .*; use backend='auto'",
-        ),
-        (
-            "backend='triton'",
-            lambda: MaskedAdamW([weight()], backend="triton"),
-            RuntimeError,
-            r"backend='triton' .*; use backend='auto'",
-        ),
-        (
             "variant='E'",
             lambda: ChildTuningAdamW([weight()], variant="E"),
             ValueError,
@@ -516,6 +536,38 @@ def test_a_group_overrides_numbers_and_masked_and_nothing_else(name, value):
     assert len(optimizer.param_groups) == 1
     with pytest.raises((TypeError, ValueError), match=message):
         MaskedAdamW([{"params": [weight()], name: value}], policy=Bernoulli(0.5))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"fused": True}, r"^fused=True needs an accelerated backend.*native.*not built.*triton.*; use "),
+        ({"backend": "native"}, r"^backend='native' cannot be used: it is not built; use backend='auto'\.$"),
+        ({"backend": "triton"}, r"^backend='triton' cannot be used: it is not built; use backend='auto'\.$"),
+    ],
+    ids=["fused", "native", "triton"],
+)
+def test_a_backend_that_the_installation_lacks_is_refused_with_the_reason(asked, message, monkeypatch):
+    monkeypatch.setattr(backends, "_load", lambda name: "it is not built")
+    with pytest.raises(RuntimeError, match=message):
+        MaskedAdamW([weight()], **asked)
+
+
+def test_fused_on_a_device_that_nothing_accelerates_is_refused_before_anything_moves(monkeypatch):
+    class Elsewhere:
+        """Accelerates another device than the CPU."""
+
+        def why_not(self, device):
+            return "" if device is None or device.type != "cpu" else "no verbs for the CPU"
+
+    monkeypatch.setattr(backends, "_load", lambda name: Elsewhere())
+    optimizer = MaskedAdamW([with_gradient(weight())], fused=True)
+    before = snapshot(optimizer)
+    with pytest.raises(
+        RuntimeError, match=r"^fused=True needs an accelerated backend .*cpu.*; use fused=None"
+    ):
+        optimizer.step()
+    assert_untouched(optimizer, before)
 
 
 def test_a_group_that_restates_the_defaults_is_welcome():

@@ -7,6 +7,8 @@ Models are float64 too, so that scores have digits to spare over the float32 sta
 import io
 import itertools
 import re
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,9 +31,11 @@ from sparse_optim import (
     SecondOrderAdamW,
     SignedGradient,
     SquaredGradient,
+    Statistic,
     TopK,
     param_groups,
 )
+from sparse_optim.backends import reference
 
 np = pytest.importorskip("numpy")
 
@@ -449,6 +453,32 @@ def test_selecting_without_curvature_is_an_error_before_anything_moves(explicit)
     give_gradients(params.values())
     optimizer.step()
     assert sum(int(optimizer.mask(p).sum()) for p in params.values()) == 8
+
+
+def test_a_selection_that_lacked_curvature_can_be_made_again():
+    """The gradient of the refused step counts once."""
+
+    def run(forgets):
+        p = nn.Parameter(torch.linspace(-1, 1, 12))
+        policy = TopK(0.25, CurvatureScaledGradient(), schedule=Schedule(observe=2))
+        optimizer = MaskedAdamW([p], policy=policy)
+        for t in range(3):
+            slope = torch.randn(12, generator=torch.Generator().manual_seed(t))
+            p.grad = slope.clone()
+            if forgets and t == 1:
+                optimizer.state[p].pop("curvature")
+                before = optimizer.state[p]["statistic"].clone()
+                with pytest.raises(RuntimeError, match="observe_curvature"):
+                    optimizer.step()
+                assert torch.equal(optimizer.state[p]["statistic"], before)
+            if t < 2:
+                optimizer.observe_curvature((p**4 * slope).sum())
+                optimizer.state[p]["curvature"] = torch.arange(1.0, 13.0)
+            optimizer.step()
+        return p.detach(), optimizer.mask(p)
+
+    (weights, mask), (again, remade) = run(False), run(True)
+    assert mask.sum() == 3 and torch.equal(mask, remade) and torch.equal(weights, again)
 
 
 def test_an_entry_without_curvature_promises_more_than_any_with():
@@ -1130,6 +1160,178 @@ def test_lowest_of_counted_squares_takes_counts():
     assert optimizer.mask(params["weight"]).tolist() == [[False, True], [False, True]]
 
 
+# --- what reads the gradients -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def verbs(monkeypatch):
+    """Calls of the reference backend's verbs from outside it: (name, keywords)."""
+    made, inside = [], []
+
+    def record(name, verb):
+        def call(*args, **kwargs):
+            if not inside:
+                made.append((name, kwargs))
+            inside.append(name)
+            try:
+                return verb(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        monkeypatch.setattr(reference, name, call)
+
+    for name in ("adamw_", "accumulate_", "histogram"):
+        record(name, getattr(reference, name))
+    return made
+
+
+@dataclass(frozen=True)
+class OwnUpdate(SquaredGradient):
+    """Squares that only it knows how to add."""
+
+    def update(self, statistics, grads, nonfinite, backend):
+        for statistic, grad in zip(statistics, grads, strict=True):
+            statistic += 4 * grad.square()
+
+
+@dataclass(frozen=True)
+class Absolute(Statistic):
+    """A statistic by data alone."""
+
+    accumulates: ClassVar[str] = "absolute"
+
+
+EVERYTHING_MOVES = Schedule(observe=3, train=1, meanwhile="everything")
+TAKEN_ALONG = {
+    "squares": (SquaredGradient(), True),
+    "clipped": (SquaredGradient(clip_norm=1.0), True),
+    "signed": (SignedGradient(), True),
+    "absolute": (Absolute(), True),
+    "counted": (CountedSquaredGradient(2), True),
+    "lowest": (Lowest(SignedGradient()), True),
+    "own_update": (OwnUpdate(), False),
+    "lowest_of_own_update": (Lowest(OwnUpdate()), False),
+    "random": (RandomScore(), False),
+    "magnitude": (Magnitude(), False),
+}
+
+
+@pytest.mark.parametrize(("statistic", "along"), TAKEN_ALONG.values(), ids=TAKEN_ALONG)
+def test_a_step_that_observes_and_trains_reads_each_gradient_once(statistic, along, verbs):
+    body, head = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(10))
+    optimizer = MaskedAdamW(
+        [{"params": [("body", body)]}, {"params": [("head", head)], "masked": False}],
+        policy=TopK(0.5, statistic, schedule=EVERYTHING_MOVES),
+        backend="reference",
+    )
+    reads = []
+    for t in range(4):
+        body.grad = head.grad = torch.randn(10, generator=torch.Generator().manual_seed(t))
+        verbs.clear()
+        optimizer.step()
+        reads.append([(name, bool(k.get("statistics"))) for name, k in verbs if name != "histogram"])
+    update, both, alone = ("adamw_", False), ("adamw_", True), ("accumulate_", False)
+    # the selection of the third step has to be found before anything moves
+    assert reads[:2] == [[both, update] if along else [update, update]] * 2
+    assert reads[2] == ([alone, update, update] if along else [update, update])
+    assert reads[3] == [update, update]
+
+
+def test_a_statistic_can_have_an_update_of_its_own():
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = MaskedAdamW([p], policy=TopK(0.5, OwnUpdate(), schedule=EVERYTHING_MOVES))
+    for _ in range(2):
+        p.grad = torch.tensor([1.0, -2.0, 0.5, 3.0])
+        optimizer.step()
+    assert optimizer.state[p]["statistic"].tolist() == [8.0, 32.0, 2.0, 72.0]
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.mask(p).tolist() == [False, True, False, True]
+
+
+def test_a_statistic_that_says_nothing_about_gradients_is_an_error():
+    message = r"^accumulates of Mine must be one of 'squares', 'signed', .*, got {}; .*update\(\)\.$"
+    with pytest.raises(TypeError, match=message.format("None")):
+
+        class Mine(Statistic):
+            pass
+
+    with pytest.raises(TypeError, match=message.format("'cubes'")):
+
+        class Mine(Statistic):
+            accumulates = "cubes"
+
+
+def test_a_statistic_stays_out_of_a_graph_that_autograd_records():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = MaskedAdamW(
+        [p], policy=TopK(0.5, schedule=EVERYTHING_MOVES), unselected="zero_grad", differentiable=True
+    )
+    factor = torch.tensor(2.0, requires_grad=True)
+    optimizer.param_groups[0]["params"][0] = weight = p.clone()
+    weight.grad = factor * torch.arange(4.0)
+    optimizer.step()
+    assert weight.grad_fn is not None
+    assert not optimizer.state[weight]["statistic"].requires_grad
+
+
+RIDES = {
+    "squares": (SquaredGradient(), "global", True),
+    "squares_per_tensor": (SquaredGradient(), "tensor", True),
+    "clipped": (SquaredGradient(clip_norm=1.0), "tensor", True),
+    "signed": (SignedGradient(), "global", True),
+    "signed_per_tensor": (SignedGradient(), "tensor", True),
+    "lowest": (Lowest(SquaredGradient()), "global", False),
+    "counted": (CountedSquaredGradient(2), "tensor", False),
+    "own_update": (OwnUpdate(), "global", False),
+}
+
+
+@pytest.mark.parametrize("gap", [False, True], ids=["all_have_gradients", "one_has_none_in_the_end"])
+@pytest.mark.parametrize("meanwhile", ["nothing", "everything"])
+@pytest.mark.parametrize(("statistic", "scope", "rides"), RIDES.values(), ids=RIDES)
+def test_the_first_round_of_a_selection_rides_on_the_last_accumulation(
+    statistic, scope, rides, meanwhile, gap, verbs
+):
+    # the second of three cannot share a call with the others, so rows arrive in another order
+    dtypes = (torch.float32, torch.float64, torch.float32)
+    params = [nn.Parameter(torch.zeros(30, dtype=dtype)) for dtype in dtypes]
+    head = nn.Parameter(torch.zeros(3))
+    optimizer = MaskedAdamW(
+        [{"params": params}, {"params": [head], "masked": False}],
+        policy=TopK(0.4, statistic, scope, Schedule(observe=2, meanwhile=meanwhile)),
+        backend="reference",
+    )
+    sums = [torch.zeros(30) for _ in params]
+    for t in range(2):
+        for i, p in enumerate(params):
+            generator = torch.Generator().manual_seed(10 * t + i)
+            # magnitudes that differ by tensor: rows that change places would change every mask
+            p.grad = (torch.randn(30, generator=generator) * 10.0**i).to(p.dtype)
+            if gap and t == 1 and i == 0:
+                p.grad = None
+            else:
+                g = p.grad.float()
+                norm = torch.linalg.vector_norm(g) + 1e-6
+                clip = min(1.0, float(1 / norm)) if getattr(statistic, "clip_norm", None) else 1.0
+                sums[i] += g if isinstance(statistic, SignedGradient) else (clip * g).square()
+        head.grad = torch.ones(3)
+        verbs.clear()
+        optimizer.step()
+    counted = [k for name, k in verbs if name == "histogram" and k["shift"] == 21]
+    assert len(counted) == (0 if rides and not gap else 1)
+    scores = [s.abs() if not isinstance(statistic, Lowest) else -s for s in sums]
+    if scope == "global":
+        cut = [torch.cat(scores).sort(descending=True).values[35]] * 3
+    else:
+        cut = [s.sort(descending=True).values[11] for s in scores]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p, score, least in zip(params, scores, cut, strict=True):
+        assert torch.equal(optimizer.mask(p), score >= least)
+
+
 # --- counts -----------------------------------------------------------------------------------------------
 
 
@@ -1196,6 +1398,16 @@ BAD_COUNTS = {
     "of_another_parameter": ("bias", torch.ones(3), r"^count must broadcast to \(4,\), got \(3,\); .*\[4\]"),
     "not_masked": ("head", torch.ones(3), r"^name must be"),
 }
+
+
+@pytest.mark.parametrize(
+    "count", [[1.0, 2.0, 3.0], 3, None, np.ones(3)], ids=["list", "int", "None", "numpy"]
+)
+def test_counts_that_are_no_tensor_are_an_error(count):
+    optimizer = mix(named({"weight": (4, 3)}).items())
+    with pytest.raises(TypeError, match=r"^count must be a tensor, got .*; write torch\.tensor"):
+        optimizer.set_count("weight", count)
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize(("name", "count", "message"), BAD_COUNTS.values(), ids=BAD_COUNTS)

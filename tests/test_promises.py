@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -59,6 +59,9 @@ POLICIES = {
     "topk_alternating_per_tensor": TopK(0.3, scope="tensor", schedule=Schedule(observe=2, train=1)),
     "topk_alternating_meanwhile_everything": TopK(
         0.5, SignedGradient(), schedule=Schedule(observe=2, train=2, meanwhile="everything")
+    ),
+    "topk_clipped_meanwhile_everything": TopK(
+        0.4, SquaredGradient(clip_norm=0.5), "tensor", Schedule(observe=3, train=2, meanwhile="everything")
     ),
     "topk_explicit": TopK(0.3),
 }
@@ -502,6 +505,55 @@ def test_exactly_k_entries_are_selected_and_ties_go_to_the_lowest_index(
     else:
         expected = [[j in best(s, int(density * len(s))) for j in range(len(s))] for s in sums]
     assert [optimizer.mask(p).tolist() for p in params] == expected
+
+
+@dataclass(frozen=True)
+class OwnSquares(SquaredGradient):
+    """The same with methods of its own, so that nothing else can do their work along the way."""
+
+    def update(self, statistics, grads, nonfinite, backend):
+        super().update(statistics, grads, nonfinite, backend)
+
+    def score(self, statistic, state):
+        return super().score(statistic, state)
+
+
+@dataclass(frozen=True)
+class OwnSigned(SignedGradient):
+    def update(self, statistics, grads, nonfinite, backend):
+        super().update(statistics, grads, nonfinite, backend)
+
+    def score(self, statistic, state):
+        return super().score(statistic, state)
+
+
+@promise(120)
+@hypothesis.given(case=cases(policies=[p for p in POLICIES if p.startswith("topk")]), mixed=st.booleans())
+def test_a_statistic_taken_along_by_the_update_and_the_selection_is_the_one_taken_apart(case, mixed):
+    """Weights, state and masks, bit for bit, whichever verb reads the gradients."""
+    policy = case.policy
+    statistic = policy.statistic
+    own = OwnSquares(statistic.clip_norm) if isinstance(statistic, SquaredGradient) else OwnSigned()
+    runs = []
+    for chosen in (policy, replace(policy, statistic=own)):
+        params = case.parameters()
+        if mixed:  # tensors of one group that no call of a verb can take together
+            params = [nn.Parameter(p.detach().float()) if i % 2 else p for i, p in enumerate(params)]
+        runs.append((params, case.optimizer(params, policy=chosen, backend="reference")))
+    for number in range(len(case)):
+        for params, optimizer in runs:
+            case.play(number, params, optimizer)
+        (left, first), (right, second) = runs
+        for p, q in zip(left, right, strict=True):
+            assert same_bits(p, q)
+            assert torch.equal(first.mask(p), second.mask(q))
+            state, other = first.state.get(p, {}), second.state.get(q, {})
+            assert state.keys() == other.keys()
+            for key, value in state.items():
+                same = (
+                    same_bits(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+                )
+                assert same, key
 
 
 @pytest.mark.parametrize(
@@ -1079,6 +1131,24 @@ def test_selection_happens_at_the_end_of_the_nth_observed_step():
         optimizer.step()
         assert ("indices" in optimizer.state[p]) == (t >= 2)
     assert optimizer.state[p]["indices"].tolist() == [2], "entry 9 came after the 3rd step"
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "everything"])
+def test_a_step_with_gradients_of_exempt_parameters_alone_counts_and_observes_nothing(meanwhile):
+    body, head = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(3))
+    optimizer = MaskedAdamW(
+        [{"params": [body]}, {"params": [head], "masked": False}],
+        policy=TopK(0.2, schedule=Schedule(observe=3, meanwhile=meanwhile)),
+    )
+    for t in range(3):
+        body.grad = None if t == 1 else torch.arange(10.0)
+        head.grad = torch.ones(3)
+        optimizer.step()
+        if t < 2:
+            assert optimizer.state[body]["statistic"].tolist() == [i * i for i in range(10)]
+        assert optimizer.param_groups[0]["clock"] == t + 1
+    optimizer.step()
+    assert optimizer.mask(body).nonzero().flatten().tolist() == [8, 9]
 
 
 def test_a_step_without_any_gradient_counts_nothing():

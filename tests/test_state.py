@@ -732,6 +732,95 @@ def test_a_tied_parameter_that_is_named_twice_draws_one_mask():
     assert torch.equal(net.embedding.weight != start, mask)
 
 
+# --- what a step works out about its parameters, and uses again while it holds ------------------------------
+
+
+def replace_group(optimizer):
+    optimizer.param_groups[1] = {**optimizer.param_groups[1], "lr": 0.3}
+
+
+def forget_state(optimizer):
+    optimizer.state.pop(optimizer.param_groups[0]["params"][1])
+
+
+def replace_state(optimizer):
+    p = optimizer.param_groups[1]["params"][0]
+    optimizer.state[p] = {key: value / 2 for key, value in optimizer.state[p].items()}
+
+
+def exchange_moments(optimizer):
+    first, second = (optimizer.state[p] for p in optimizer.param_groups[0]["params"])
+    first["exp_avg"], second["exp_avg"] = second["exp_avg"], first["exp_avg"]
+
+
+EDITS = {
+    "a_group_gets_another_lr": lambda optimizer: optimizer.param_groups[0].update(lr=0.2),
+    "a_group_is_replaced": replace_group,
+    "a_parameter_changes_its_group": lambda optimizer: optimizer.param_groups[1]["params"].append(
+        optimizer.param_groups[0]["params"].pop()
+    ),
+    "groups_change_places": lambda optimizer: optimizer.param_groups.reverse(),
+    "a_state_is_forgotten": forget_state,
+    "a_state_is_replaced": replace_state,
+    "moments_are_exchanged": exchange_moments,
+    "a_note_is_kept_in_a_state": lambda optimizer: optimizer.state[
+        optimizer.param_groups[0]["params"][0]
+    ].update(note=1),
+    "a_gradient_is_missing": lambda optimizer: setattr(optimizer.param_groups[0]["params"][0], "grad", None),
+    "all_gradients_of_a_group_are_missing": lambda optimizer: setattr(
+        optimizer.param_groups[1]["params"][0], "grad", None
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_what_changes_between_steps_is_seen_as_torch_sees_it(edit):
+    def run(make, **options):
+        params = [nn.Parameter(torch.linspace(-1, 1, 12) * (i + 1)) for i in range(3)]
+        optimizer = make([{"params": params[:2]}, {"params": params[2:], "lr": 0.05}], lr=0.1, **options)
+        for t in range(6):
+            for i, p in enumerate(params):
+                p.grad = torch.randn(12, generator=torch.Generator().manual_seed(10 * t + i))
+            if t in (2, 4):
+                edit(optimizer)
+            optimizer.step()
+        return params
+
+    ours = run(MaskedAdamW, backend="reference")
+    theirs = run(torch.optim.AdamW, foreach=False)
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_switches_of_a_group_that_change_between_steps_are_seen():
+    p = nn.Parameter(torch.zeros(200))
+    optimizer = MaskedAdamW([p], lr=0.1, policy=Bernoulli(0.5))
+    moved = []
+    for t in range(6):
+        optimizer.param_groups[0].update(masked=t not in (2, 3), amsgrad=t >= 4)
+        before = p.detach().clone()
+        p.grad = torch.ones(200)
+        optimizer.step()
+        moved.append(float((p != before).float().mean()))
+        assert ("max_exp_avg_sq" in optimizer.state[p]) == (t >= 4)
+    assert moved[2:4] == [1.0, 1.0] and all(0.3 < share < 0.7 for share in moved[:2] + moved[4:])
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_state_that_is_moved_away_is_not_kept_alive_and_may_come_back(situation):
+    (params, optimizer), (twins, twin) = started(situation), started(situation)
+    steps = SITUATIONS[situation][2]
+    for t in range(steps, steps + 3):
+        old = [weakref.ref(v) for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        assert old
+        for state in optimizer.state.values():
+            state.update({k: v.clone() for k, v in state.items() if torch.is_tensor(v)})
+        assert not any(reference() is not None for reference in old)
+        train(optimizer, params, 1, start=t)
+        train(twin, twins, 1, start=t)
+        assert same_state(optimizer.state_dict(), twin.state_dict())
+    assert all(map(torch.equal, params.values(), twins.values()))
+
+
 # --- nothing is kept alive, and nothing is kept in vain ---------------------------------------------------
 
 

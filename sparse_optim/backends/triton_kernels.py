@@ -19,6 +19,7 @@ compact and parameter-shaped state, and statistics on every backend, agree bit f
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,7 +125,7 @@ class _Table:
 
     def gradients(self, grads: Sequence[Tensor]) -> Tensor:
         """The addresses of this step's gradients, on the device."""
-        addresses = tuple([grad.data_ptr() for grad in grads])
+        addresses = tuple(map(Tensor.data_ptr, grads))
         if addresses != self._last:
             self._gradients.copy_(_pinned(torch.tensor(addresses), self.device), non_blocking=True)
             self._last = addresses
@@ -167,10 +168,13 @@ def _table(
 def _as_numbers(columns: dict[tl.constexpr, Any]) -> _Columns:
     """Columns of tensors as columns of their addresses; empty ones left out."""
     return tuple(
-        (column.value, tuple([t.data_ptr() if isinstance(t, Tensor) else t for t in values]))
+        (column.value, tuple(map(Tensor.data_ptr, values) if isinstance(values[0], Tensor) else values))
         for column, values in columns.items()
         if values
     )
+
+
+_DTYPE, _DEVICE = operator.attrgetter("dtype"), operator.attrgetter("device")
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -186,8 +190,11 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def _groups(*columns: Sequence[Tensor]) -> list[list[int]]:
     """Places of the tensors that can share a launch: those with the same device and dtypes."""
-    found: dict[tuple[object, ...], list[int]] = {}
     filled = [column for column in columns if column]
+    alike = all(len(set(map(_DTYPE, column))) == 1 for column in filled)
+    if alike and len(set(map(_DEVICE, filled[0] if filled else ()))) == 1:
+        return [list(range(len(filled[0])))]
+    found: dict[tuple[object, ...], list[int]] = {}
     for i, tensors in enumerate(zip(*filled, strict=True)):
         kind = (tensors[0].device, *[t.dtype for t in tensors])
         found.setdefault(kind, []).append(i)
@@ -205,6 +212,8 @@ class _Flat:
         self._copies: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, tensors: Sequence[Tensor], *, written: bool = True) -> list[Tensor]:
+        if all(map(Tensor.is_contiguous, tensors)):
+            return list(tensors)
         flat = [t if t.is_contiguous() else t.contiguous() for t in tensors]
         if written:
             self._copies += [(t, f) for t, f in zip(tensors, flat, strict=True) if t is not f]
@@ -310,7 +319,7 @@ def _load_keys(score_ptr, offs, in_range, absolute: tl.constexpr, bits: tl.const
 
 @triton.jit
 def _threshold(cut_key):
-    """A cut's key as uint32, and whether entries equal to it may pass: a cut beyond all keys selects nothing."""
+    """A cut's key as uint32, and whether entries equal to it may pass: beyond all keys, nothing does."""
     reachable = cut_key < (1 << 32)
     return tl.where(reachable, cut_key, 0xFFFFFFFF).to(tl.uint32), reachable
 
@@ -663,6 +672,9 @@ def _clock_kernel(
         tl.store(numbers_ptr + 6, tl.sqrt(1 - _power(beta2, exponent)))
 
 
+_ONE = torch.ones(())
+
+
 class _Clock:
     """Counts the steps of all tensors, and gives each launch the numbers of its update.
 
@@ -694,8 +706,9 @@ class _Clock:
             self.skipped = True
             return
         self._hyper = tuple(x.item() if isinstance(x, Tensor) else x for x in (lr, beta1, beta2))
-        torch._foreach_add_(list(steps), 1)
-        self._counts = torch.stack(list(steps)).tolist()
+        # a tensor and not a number, which would be made into a tensor anew for every step
+        torch._foreach_add_(list(steps), _ONE, alpha=1.0)
+        self._counts = list(map(Tensor.item, steps))
 
     def _numbers_of(self, count: float, with_ages: bool) -> tuple[float, ...]:
         lr, beta1, beta2 = (float(x) for x in self._hyper)
@@ -822,7 +835,7 @@ def adamw_(
             rounding_key=rounding.keys if rounding is not None and rounded else None,
         )
         with _on(device):
-            table = _table(device, columns, [p.numel() for p in group])
+            table = _table(device, columns, list(map(Tensor.numel, group)))
             everyone = list(range(len(group)))
             numbers, numbers_table = clock.numbers(table, everyone, as_table=group[0].dtype == torch.float64)
             if not table.programs:
@@ -976,7 +989,7 @@ def adamw_indexed_(
         }
         double = group[0].dtype == torch.float64
         with _on(device):
-            table = _table(device, columns, [where.numel() for where in lists], LISTED)
+            table = _table(device, columns, list(map(Tensor.numel, lists)), LISTED)
             numbers, numbers_table = clock.numbers(
                 table, list(range(len(group))), as_table=double, with_ages=bool(ages)
             )
@@ -1125,7 +1138,7 @@ def _accumulate_block(
     statistic_ptr, grad_ptr, offs, in_range, scale,
     KIND: tl.constexpr, SCALED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Add gradients to statistics. Returns the new ones as stored, and nonzero where a gradient is not finite."""
+    """Add gradients to statistics. Returns the new ones as stored, and 1 where a gradient is not finite."""
     grad = _load(grad_ptr, offs, in_range, FULL).to(tl.float32)
     if SCALED:
         grad = grad * scale
@@ -1274,7 +1287,7 @@ def histogram(
         first = _of(prefixes, places, here)
         tied = None if ties is None else _of(ties, places, here)
         with _on(here):
-            table = _table(here, columns, [score.numel() for score in group])
+            table = _table(here, columns, list(map(Tensor.numel, group)))
             if not table.programs:
                 continue
             _launch_histogram(
@@ -1374,7 +1387,7 @@ def compact(
     results: list[Tensor] = [torch.empty(0)] * len(scores)
     for places in _groups(scores):
         group = _Flat()(_pick(scores, places), written=False)
-        device, lengths = group[0].device, [score.numel() for score in group]
+        device, lengths = group[0].device, list(map(Tensor.numel, group))
         columns: dict[tl.constexpr, Any] = {_STATISTIC: group} | _places_columns(places, geometries)
         cut_keys, last_ties = (_of(column, places, device) for column in cuts)
         with _on(device):
@@ -1494,9 +1507,7 @@ def gather_(buffers: Sequence[Tensor], tensors: Sequence[Tensor], indices: Seque
         group, sources = flat(_pick(buffers, places)), flat(_pick(tensors, places), written=False)
         device = group[0].device
         with _on(device):
-            table = _table(
-                device, {_INDICES: lists, _EXP_AVG: group}, [where.numel() for where in lists], LISTED
-            )
+            table = _table(device, {_INDICES: lists, _EXP_AVG: group}, list(map(Tensor.numel, lists)), LISTED)
             if table.programs:
                 _gather_kernel[(table.programs,)](
                     table.rows, table.owner, table.gradients(sources),
@@ -1651,7 +1662,7 @@ def apply_delta_(
         value = _TL[group[0].dtype] if mode == "add" else _INTEGERS[group[0].element_size()]
         columns = {_PARAM: group, _INDICES: lists, _EXP_AVG: sources}
         with _on(device):
-            table = _table(device, columns, [where.numel() for where in lists], LISTED)
+            table = _table(device, columns, list(map(Tensor.numel, lists)), LISTED)
             if table.programs:
                 _apply_delta_kernel[(table.programs,)](
                     table.rows, table.owner, value, _TL[lists[0].dtype], _MODES[mode].value, num_warps=WARPS
