@@ -408,7 +408,7 @@ def footnotes(rows: Sequence[Summary], task: Task) -> str:
         f"pass is added, and {steps - n} steps are left to train where the others have {steps}. "
         f"What observing and selecting took: {observing}.",
         '"ms a step" is the median of optimizer.step() alone, over the steps that move weights. Other '
-        "programs on the machine disturb it; benchmarks.baselines measures speed properly.",
+        "programs on the machine disturb it; benchmarks.step measures speed properly.",
         '"state" is what the optimizer keeps between steps at the end, "at most" includes observing.',
         f"{task.tested} questions give an accuracy a standard error of about {error:.1f} points, and one or "
         "two seeds say little: this shows that all rows work, not which one is better.",

@@ -1,8 +1,9 @@
 """Compiles every Triton kernel ahead of time, for a GPU that need not be there, and prints what came out.
 
 `python tests/compiled_kernels.py 90` writes one JSON object: per variant of a kernel its registers, bytes of
-stack, shared memory, and how often each instruction occurs in the machine code. A process of its own, because
-the tests themselves run in Triton's interpreter, which is chosen when kernels are defined.
+stack, shared memory, and how often each instruction occurs in the machine code; with `table` instead of the
+architecture, the table of CONTRIBUTING.md. A process of its own, because the tests themselves run in Triton's
+interpreter, which is chosen when kernels are defined.
 """
 
 import json
@@ -166,6 +167,21 @@ def report(capability, kernel, pointers, constants, warps):
     }
 
 
+def print_table():
+    """Registers for every architecture, and what is alike on all of them."""
+    capabilities = (80, 90, 100)
+    print("| kernel | " + " | ".join(f"sm_{c}" for c in capabilities) + " | wide loads and stores |")
+    print("| --- " * (len(capabilities) + 2) + "|")
+    for name, variant in VARIANTS.items():
+        found = [report(capability, *variant) for capability in capabilities]
+        registers = " | ".join(str(f["registers"]) for f in found)
+        wide = [found[1]["instructions"][op] for op in ("LDG.E.128", "STG.E.128")]
+        print(f"| {name} | {registers} | {wide[0]}, {wide[1]} |")
+
+
 if __name__ == "__main__":
-    chosen = sys.argv[2:] or VARIANTS
-    json.dump({name: report(int(sys.argv[1]), *VARIANTS[name]) for name in chosen}, sys.stdout)
+    if sys.argv[1:] == ["table"]:
+        print_table()
+    else:
+        chosen = sys.argv[2:] or VARIANTS
+        json.dump({name: report(int(sys.argv[1]), *VARIANTS[name]) for name in chosen}, sys.stdout)

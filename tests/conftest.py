@@ -13,6 +13,9 @@ if not torch.cuda.is_available():
     # before anything imports Triton: its interpreter then runs the kernels on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# a program: importing it would switch the interpreter off
+collect_ignore = ["compiled_kernels.py"]
+
 
 def pytest_configure(config):
     torch.set_num_threads(1)

@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from triton import knobs
 
 from .reference import FIRST_WIDTH, Cuts, Draws, Geometry, index_dtype, key_bits
@@ -219,9 +220,11 @@ class _Flat:
             self._copies += [(t, f) for t, f in zip(tensors, flat, strict=True) if t is not f]
         return flat
 
-    def write_back(self) -> None:
+    def write_back(self, params: Sequence[Tensor] = ()) -> None:
         for original, copy in self._copies:
             original.copy_(copy)
+        # autograd finds out, as after any operation in place, when a saved tensor has changed
+        increment_version([p for p in params if not p.is_inference()])
 
 
 def _places_columns(
@@ -863,7 +866,7 @@ def adamw_(
                 num_warps=WARPS,
                 enable_fp_fusion=False,
             )  # fmt: skip
-        flat.write_back()
+        flat.write_back(group)
 
 
 # --- adamw_indexed_ ---------------------------------------------------------------------------------------
@@ -1011,7 +1014,7 @@ def adamw_indexed_(
                 num_warps=WARPS,
                 enable_fp_fusion=False,
             )  # fmt: skip
-        flat.write_back()
+        flat.write_back(group)
 
 
 # --- statistics and exact selection -----------------------------------------------------------------------
@@ -1667,4 +1670,4 @@ def apply_delta_(
                 _apply_delta_kernel[(table.programs,)](
                     table.rows, table.owner, value, _TL[lists[0].dtype], _MODES[mode].value, num_warps=WARPS
                 )
-        flat.write_back()
+        flat.write_back(group)
