@@ -117,6 +117,12 @@ def backend(request):
     return OneAtATime(module) if name == "triton" else module
 
 
+def test_kernels_that_are_installed_are_among_the_backends_under_test():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    assert any(parameter.values[0][0] == "triton" for parameter in BACKENDS), backends.why_not("triton", CPU)
+
+
 def fewer(backend, many, few):
     """`few` of what Triton's interpreter needs minutes for, else `many`."""
     return few if isinstance(backend, OneAtATime) else many
