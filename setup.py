@@ -31,8 +31,13 @@ BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "instal
 BUILDING = not BUILD_COMMANDS.isdisjoint(sys.argv)
 # the oldest torch whose stable interface the library uses; one build serves this and every later version
 TORCH_TARGET = 0x020A000000000000
+SOURCES = ["csrc/ops.cpp", "csrc/cpu/adamw_cpu.cpp", "csrc/cpu/select_cpu.cpp", "csrc/cpu/kernels.cpp"]
+HEADERS = ["csrc/host_device.h", "csrc/philox.h", "csrc/adamw.h", "csrc/verbs.h"]
+HEADERS += ["csrc/cpu/kernels.h", "csrc/cpu/kernels_body.h"]
 # contracting a * b + c into one rounding would make scores, and so masks, differ between backends
 COMPILE_FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# no loop with a square root or a choice is vectorised otherwise; neither changes a value
+COMPILE_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 # torch's own headers are compiled as part of ours
 COMPILE_FLAGS += ["-Wno-unused-parameter", "-Wno-sign-compare"]
 
@@ -100,8 +105,8 @@ def native() -> dict[str, Any]:
 
     library = CppExtension(
         "sparse_optim._C",
-        ["csrc/ops.cpp"],
-        depends=["csrc/philox.h"],
+        SOURCES,
+        depends=HEADERS,
         define_macros=[("TORCH_TARGET_VERSION", f"0x{TORCH_TARGET:016x}")],
         extra_compile_args=COMPILE_FLAGS,
         py_limited_api=True,

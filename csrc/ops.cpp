@@ -11,15 +11,25 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <limits>
+#include <string>
+#include <utility>
+#include <vector>
 
+#include "cpu/kernels.h"
 #include "philox.h"
+#include "verbs.h"
 
 namespace sparse_optim {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Numbers = std::vector<int64_t>;
 
 // 0.17 ms of Philox calls on one x86-64 core: a thread that does fewer is hardly worth waking
 constexpr int64_t kCountersPerThread = 8192;
@@ -42,7 +52,7 @@ Tensor philox_words(int64_t seed, int64_t draw, int64_t key, int64_t start, int6
                     "count must be at least 0 and start + count below 2**63, got start=", start,
                     " and count=", count, "; ask for fewer words.");
 
-    Tensor words = torch::stable::empty({count}, torch::headeronly::ScalarType::Int);
+    Tensor words = torch::stable::empty({count}, ScalarType::Int);
     if (count == 0) {
         return words;
     }
@@ -72,17 +82,734 @@ Tensor philox_words(int64_t seed, int64_t draw, int64_t key, int64_t start, int6
     return words;
 }
 
+// what arguments must be
+
+size_t length(const Tensors& tensors) {
+    return tensors.size();
+}
+
+void check_length(const char* name, size_t got, size_t needed) {
+    STD_TORCH_CHECK(got == needed, name, " must have one item per tensor, got ", got, " for ", needed,
+                    " tensors; pass lists of equal length.");
+}
+
+void check_optional_length(const char* name, size_t got, size_t needed) {
+    if (got != 0) {
+        check_length(name, got, needed);
+    }
+}
+
+void check_cpu(const char* name, const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.defined() && tensor.is_cpu(), name,
+                    " must hold CPU tensors; move them there or use another backend.");
+}
+
+Dtype floating(const char* name, const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Double:
+            return Dtype::kFloat64;
+        case ScalarType::Float:
+            return Dtype::kFloat32;
+        case ScalarType::BFloat16:
+            return Dtype::kBFloat16;
+        case ScalarType::Half:
+            return Dtype::kFloat16;
+        default:
+            STD_TORCH_CHECK(false, name,
+                            " must be float64, float32, bfloat16 or float16, got another dtype; convert it.");
+    }
+}
+
+void check_type(const char* name, const Tensor& tensor, ScalarType type, const char* type_name) {
+    STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", type_name,
+                    ", got another dtype; convert it.");
+}
+
+void check_numel(const char* name, int64_t got, int64_t needed) {
+    STD_TORCH_CHECK(got == needed, name, " must have ", needed, " entries, got ", got,
+                    "; pass one of the right shape.");
+}
+
+void check_shape(const char* name, const Tensor& tensor, const Tensor& like) {
+    const auto got = tensor.sizes(), needed = like.sizes();
+    bool same = got.size() == needed.size();
+    for (size_t i = 0; same && i < got.size(); ++i) {
+        same = got[i] == needed[i];
+    }
+    STD_TORCH_CHECK(same, name, " must have the shape of its parameter, got ", tensor.numel(), " entries in ",
+                    got.size(), " dimensions for ", like.numel(), " in ", needed.size(),
+                    "; pass one of the same shape.");
+}
+
+// Contiguous arrays of tensors of any strides, in row-major logical order. What was copied and is written
+// goes back in `finish`.
+class Arrays {
+  public:
+    Array read(const char* name, const Tensor& tensor) {
+        check_cpu(name, tensor);
+        return {const_cast<void*>(contiguous(tensor).const_data_ptr()), floating(name, tensor)};
+    }
+    Array write(const char* name, const Tensor& tensor) {
+        check_cpu(name, tensor);
+        return {writable(tensor), floating(name, tensor)};
+    }
+    const void* read_raw(const char* name, const Tensor& tensor) {
+        check_cpu(name, tensor);
+        return contiguous(tensor).const_data_ptr();
+    }
+    void* write_raw(const char* name, const Tensor& tensor) {
+        check_cpu(name, tensor);
+        return writable(tensor);
+    }
+    void finish() {
+        for (auto& [original, copy] : written_) {
+            torch::stable::copy_(original, copy);
+        }
+    }
+
+  private:
+    const Tensor& contiguous(const Tensor& tensor) {
+        if (tensor.is_contiguous()) {
+            return tensor;
+        }
+        return copies_.emplace_back(torch::stable::contiguous(tensor));
+    }
+    void* writable(const Tensor& tensor) {
+        if (tensor.is_contiguous()) {
+            return tensor.mutable_data_ptr();
+        }
+        written_.emplace_back(tensor, torch::stable::contiguous(tensor));
+        return written_.back().second.mutable_data_ptr();
+    }
+
+    Tensors copies_;
+    std::vector<std::pair<Tensor, Tensor>> written_;
+};
+
+// Numbers in 0-dim tensors.
+
+double number_in(const char* name, const Tensor& tensor) {
+    check_cpu(name, tensor);
+    check_numel(name, tensor.numel(), 1);
+    const void* const data = tensor.const_data_ptr();
+    switch (floating(name, tensor)) {
+        case Dtype::kFloat64:
+            return *static_cast<const double*>(data);
+        case Dtype::kFloat32:
+            return static_cast<double>(*static_cast<const float*>(data));
+        case Dtype::kBFloat16:
+            return static_cast<double>(*static_cast<const torch::headeronly::BFloat16*>(data));
+        case Dtype::kFloat16:
+            return static_cast<double>(*static_cast<const torch::headeronly::Half*>(data));
+    }
+    return 0;
+}
+
+// The number plus one, as its dtype can hold it.
+double count_up(const Tensor& step) {
+    const double next = number_in("steps", step) + 1;
+    void* const data = step.mutable_data_ptr();
+    switch (floating("steps", step)) {
+        case Dtype::kFloat64:
+            *static_cast<double*>(data) = next;
+            break;
+        case Dtype::kFloat32:
+            *static_cast<float*>(data) = static_cast<float>(next);
+            break;
+        case Dtype::kBFloat16:
+            *static_cast<torch::headeronly::BFloat16*>(data) = static_cast<float>(next);
+            break;
+        case Dtype::kFloat16:
+            *static_cast<torch::headeronly::Half*>(data) = static_cast<float>(next);
+            break;
+    }
+    return number_in("steps", step);
+}
+
+void check_steps(const Tensors& steps, size_t count) {
+    check_length("steps", steps.size(), count);
+    for (const Tensor& step : steps) {
+        number_in("steps", step);
+    }
+}
+
+Numbers integers_in(const char* name, const Tensor& tensor, size_t count) {
+    check_cpu(name, tensor);
+    check_type(name, tensor, ScalarType::Long, "int64");
+    check_numel(name, tensor.numel(), static_cast<int64_t>(count));
+    const Tensor flat = torch::stable::contiguous(tensor);
+    const int64_t* const data = flat.const_data_ptr<int64_t>();
+    return Numbers(data, data + count);
+}
+
+// Three numbers a tensor, or none: then the tensors are whole.
+Geometry geometry_of(const Numbers& geometries, size_t i, int64_t numel) {
+    if (geometries.empty()) {
+        const int64_t inner = numel > 0 ? numel : 1;
+        return {0, inner, inner};
+    }
+    const Geometry geometry = {geometries[3 * i], geometries[3 * i + 1], geometries[3 * i + 2]};
+    STD_TORCH_CHECK(geometry.offset >= 0 && geometry.inner >= 1 && geometry.stride >= 1,
+                    "geometries must have offset >= 0, inner >= 1 and stride >= 1, got ", geometry.offset,
+                    ", ", geometry.inner, " and ", geometry.stride, "; see reference.whole.");
+    return geometry;
+}
+
+void check_geometries(const Numbers& geometries, size_t count) {
+    STD_TORCH_CHECK(geometries.empty() || geometries.size() == 3 * count,
+                    "geometries must have three numbers per tensor, got ", geometries.size(), " for ", count,
+                    " tensors; pass (offset, inner, stride) of each.");
+}
+
+IndexArray indices_of(Arrays& arrays, const Tensor& indices, int64_t numel) {
+    const bool is_64_bit = indices.scalar_type() == ScalarType::Long;
+    if (!is_64_bit) {
+        check_type("indices", indices, ScalarType::Int, "int32 or int64");
+    }
+    STD_TORCH_CHECK(indices.dim() == 1, "indices must have one dimension, got ", indices.dim(),
+                    "; list flat indices.");
+    const void* const data = arrays.read_raw("indices", indices);
+    const int64_t count = indices.numel();
+    if (count != 0) {
+        // the ends of an ascending list; the rest is checked where it is used
+        const auto entry = [&](int64_t i) {
+            return is_64_bit ? static_cast<const int64_t*>(data)[i]
+                             : int64_t{static_cast<const int32_t*>(data)[i]};
+        };
+        STD_TORCH_CHECK(entry(0) >= 0 && entry(count - 1) < numel, "indices must be in [0, ", numel,
+                        "), got ", entry(0), " to ", entry(count - 1), "; list flat indices of this tensor.");
+    }
+    return {data, is_64_bit, count};
+}
+
+void check_indices_were_inside(const std::atomic<bool>& bad_index) {
+    STD_TORCH_CHECK(
+        !bad_index.load(),
+        "indices must ascend and lie inside of their tensor, got some outside; list flat indices.");
+}
+
+// How a mask is drawn, as Python passes it: seed, draw, threshold, 1 for one word per tensor, then the keys.
+struct Draws {
+    explicit Draws(const char* name, const Numbers& numbers, size_t count) : given(!numbers.empty()) {
+        if (!given) {
+            return;
+        }
+        STD_TORCH_CHECK(numbers.size() == 4 + count, name, " must have one key per tensor, got ",
+                        numbers.size() - std::min<size_t>(4, numbers.size()), " for ", count,
+                        " tensors; pass a key for each.");
+        STD_TORCH_CHECK(fits_32_bits(numbers[1]), name, ".draw must be in [0, 2**32), got ", numbers[1],
+                        "; count draws from 0.");
+        STD_TORCH_CHECK(numbers[2] >= 0 && numbers[2] <= int64_t{1} << 32, name,
+                        ".threshold must be in [0, 2**32], got ", numbers[2], "; pass floor(keep * 2**32).");
+        rule = {static_cast<uint64_t>(numbers[0]), static_cast<uint32_t>(numbers[1]),
+                static_cast<uint64_t>(numbers[2])};
+        one_word = numbers[3] != 0;
+        for (size_t i = 4; i < numbers.size(); ++i) {
+            STD_TORCH_CHECK(fits_32_bits(numbers[i]), name, ".keys must be in [0, 2**32), got ", numbers[i],
+                            "; pass keys without their sign.");
+            keys.push_back(static_cast<uint32_t>(numbers[i]));
+        }
+    }
+
+    bool given = false;
+    SeededRule rule;
+    bool one_word = false;
+    std::vector<uint32_t> keys;
+};
+
+// Which entries are selected, for all tensors of a call.
+struct Selection {
+    Selection(const Tensors& bits_of_all, const Numbers& seeded, size_t count)
+        : bits(bits_of_all), draws("seeded", seeded, count) {
+        check_optional_length("bits", bits.size(), count);
+    }
+
+    Mask mask(Arrays& arrays, size_t i, int64_t numel, const Geometry& geometry) const {
+        Mask mask;
+        mask.numel = numel;
+        mask.geometry = geometry;
+        if (!bits.empty()) {
+            mask.form = Form::kBits;
+            check_type("bits", bits[i], ScalarType::Byte, "uint8");
+            const int64_t needed = (numel + 31) / 32 * 4;
+            STD_TORCH_CHECK(bits[i].numel() >= needed, "bits must have ", needed, " bytes for ", numel,
+                            " entries, got ", bits[i].numel(), "; pack the mask of this very tensor.");
+            mask.bits = static_cast<const uint8_t*>(arrays.read_raw("bits", bits[i]));
+        } else if (draws.given && draws.one_word) {
+            const uint32_t word = seeded_word(draws.rule.seed, draws.rule.draw, draws.keys[i], 0);
+            mask.form = is_selected(word, draws.rule.threshold) ? Form::kEverything : Form::kNothing;
+        } else if (draws.given) {
+            mask.form = Form::kSeeded;
+            mask.key = draws.keys[i];
+        }
+        return mask;
+    }
+
+    const Tensors& bits;
+    Draws draws;
+};
+
+Unselected unselected_of(const std::string& name) {
+    STD_TORCH_CHECK(name == "frozen" || name == "zero_grad" || name == "track",
+                    "unselected must be 'frozen', 'zero_grad' or 'track', got '", name, "'; use 'frozen'.");
+    return name == "frozen"  ? Unselected::kFrozen
+           : name == "track" ? Unselected::kTrack
+                             : Unselected::kZeroGrad;
+}
+
+Kind kind_of(const std::string& name) {
+    STD_TORCH_CHECK(name == "squares" || name == "signed" || name == "absolute",
+                    "kind must be 'squares', 'signed' or 'absolute', got '", name, "'; use 'squares'.");
+    return name == "squares" ? Kind::kSquares : name == "signed" ? Kind::kSigned : Kind::kAbsolute;
+}
+
+// int64 sort keys and last global indices, resp. how many leading entries of each tensor count among the
+// ties.
+std::vector<Cut> cuts_of(const Tensors& cuts, const Tensors& scores, const Numbers& geometries) {
+    STD_TORCH_CHECK(cuts.size() == 2, "cuts must hold keys and last_ties, got ", cuts.size(),
+                    " tensors; pass both.");
+    const Numbers keys = integers_in("cuts.keys", cuts[0], scores.size());
+    const Numbers ties = integers_in("cuts.last_ties", cuts[1], scores.size());
+    std::vector<Cut> result;
+    for (size_t i = 0; i < scores.size(); ++i) {
+        const int64_t numel = scores[i].numel();
+        const int64_t key = std::clamp<int64_t>(keys[i], 0, int64_t{1} << 32);
+        result.push_back({key, entries_up_to(ties[i], geometry_of(geometries, i, numel), numel)});
+    }
+    return result;
+}
+
+void raise_flag(const Tensor& flag, bool raised) {
+    if (raised) {
+        *static_cast<bool*>(flag.mutable_data_ptr()) = true;
+    }
+}
+
+void check_flags(const Tensors& nonfinite, size_t count) {
+    check_length("nonfinite", nonfinite.size(), count);
+    for (const Tensor& flag : nonfinite) {
+        check_cpu("nonfinite", flag);
+        check_type("nonfinite", flag, ScalarType::Bool, "bool");
+        check_numel("nonfinite", flag.numel(), 1);
+    }
+}
+
+// the verbs; what they mean is said in sparse_optim/backends/reference.py
+
+Hyperparameters hyperparameters(double lr, double beta1, double beta2, double eps, double weight_decay,
+                                bool maximize, double grad_scale) {
+    return {lr, beta1, beta2, eps, weight_decay, maximize ? -grad_scale : grad_scale};
+}
+
+void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
+            Tensors steps, double lr, double beta1, double beta2, double eps, double weight_decay,
+            bool maximize, double grad_scale, Numbers geometries, Tensors bits, Numbers seeded,
+            Tensors scores, Tensors cuts, std::string unselected, double rescale, Numbers rounding,
+            Tensors statistics, Tensors nonfinite, std::string kind, Tensors statistic_scales) {
+    const size_t count = params.size();
+    check_length("grads", length(grads), count);
+    check_length("exp_avgs", length(exp_avgs), count);
+    check_length("exp_avg_sqs", length(exp_avg_sqs), count);
+    check_optional_length("max_exp_avg_sqs", length(max_exp_avg_sqs), count);
+    check_optional_length("scores", length(scores), count);
+    check_optional_length("statistics", length(statistics), count);
+    check_optional_length("statistic_scales", length(statistic_scales), count);
+    check_geometries(geometries, count);
+    check_steps(steps, count);
+    if (!statistics.empty()) {
+        check_flags(nonfinite, count);
+    }
+    const Selection selection(bits, seeded, count);
+    const Draws rounds("rounding", rounding, count);
+
+    Arrays arrays;
+    DenseCall call;
+    call.hyper = hyperparameters(lr, beta1, beta2, eps, weight_decay, maximize, grad_scale);
+    call.rescale = rescale;
+    call.unselected = unselected_of(unselected);
+    call.seeded = selection.draws.rule;
+    call.kind = kind_of(kind);
+    call.rounds = rounds.given;
+    call.rounding_seed = rounds.rule.seed;
+    call.rounding_draw = rounds.rule.draw;
+    std::vector<Cut> all_cuts;
+    if (!scores.empty()) {
+        all_cuts = cuts_of(cuts, scores, geometries);
+    }
+    for (size_t i = 0; i < count; ++i) {
+        const Tensor& param = params[i];
+        DenseTensor tensor;
+        tensor.param = arrays.write("params", param);
+        tensor.grad = arrays.read("grads", grads[i]);
+        tensor.exp_avg = arrays.write("exp_avgs", exp_avgs[i]);
+        tensor.exp_avg_sq = arrays.write("exp_avg_sqs", exp_avg_sqs[i]);
+        check_shape("grads", grads[i], param);
+        check_shape("exp_avgs", exp_avgs[i], param);
+        check_shape("exp_avg_sqs", exp_avg_sqs[i], param);
+        if (!max_exp_avg_sqs.empty()) {
+            check_shape("max_exp_avg_sqs", max_exp_avg_sqs[i], param);
+            tensor.largest = arrays.write("max_exp_avg_sqs", max_exp_avg_sqs[i]);
+        }
+        const int64_t numel = param.numel();
+        const Geometry geometry = geometry_of(geometries, i, numel);
+        tensor.mask = selection.mask(arrays, i, numel, geometry);
+        if (!statistics.empty()) {
+            check_shape("statistics", statistics[i], param);
+            tensor.statistic = arrays.write("statistics", statistics[i]);
+            if (!statistic_scales.empty()) {
+                tensor.statistic_scale =
+                    static_cast<float>(number_in("statistic_scales", statistic_scales[i]));
+            }
+        }
+        if (!scores.empty() && tensor.mask.form == Form::kEverything && !selection.draws.given) {
+            check_numel("scores", scores[i].numel(), numel);
+            tensor.mask.form = Form::kScores;
+            // scores that are the statistic of this very call are those after it
+            const bool same = !statistics.empty() &&
+                              scores[i].const_data_ptr() == statistics[i].const_data_ptr() &&
+                              scores[i].scalar_type() == statistics[i].scalar_type();
+            tensor.mask.scores = same ? tensor.statistic : arrays.read("scores", scores[i]);
+            tensor.mask.cut = all_cuts[i];
+        }
+        if (rounds.given) {
+            tensor.rounding_key = rounds.keys[i];
+        }
+        // blocks that are whole tiles of random words, where there are such words
+        const bool draws =
+            tensor.mask.form == Form::kSeeded || (rounds.given && tensor.param.dtype == Dtype::kBFloat16);
+        tensor.lead = draws ? lead_of(geometry, numel) : 0;
+        call.blocks.add(numel, tensor.lead);
+        call.tensors.push_back(tensor);
+    }
+    for (size_t i = 0; i < count; ++i) {
+        call.tensors[i].step = count_up(steps[i]);
+    }
+    cpu::adamw(call);
+    arrays.finish();
+    for (size_t i = 0; i < statistics.size(); ++i) {
+        raise_flag(nonfinite[i], call.tensors[i].nonfinite);
+    }
+}
+
+void adamw_indexed_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs, Tensors exp_avg_sqs,
+                    Tensors max_exp_avg_sqs, Tensors masters, Tensors ages, Tensors steps, double lr,
+                    double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                    double grad_scale, bool compact_grads) {
+    const size_t count = params.size();
+    check_length("grads", length(grads), count);
+    check_length("indices", length(indices), count);
+    check_length("exp_avgs", length(exp_avgs), count);
+    check_length("exp_avg_sqs", length(exp_avg_sqs), count);
+    check_optional_length("max_exp_avg_sqs", length(max_exp_avg_sqs), count);
+    check_optional_length("masters", length(masters), count);
+    check_optional_length("ages", length(ages), count);
+    check_steps(steps, count);
+
+    Arrays arrays;
+    IndexedCall call;
+    call.hyper = hyperparameters(lr, beta1, beta2, eps, weight_decay, maximize, grad_scale);
+    call.compact_grads = compact_grads;
+    for (size_t i = 0; i < count; ++i) {
+        IndexedTensor tensor;
+        tensor.numel = params[i].numel();
+        tensor.param = arrays.write("params", params[i]);
+        tensor.indices = indices_of(arrays, indices[i], tensor.numel);
+        const int64_t listed = tensor.indices.count;
+        tensor.grad = arrays.read("grads", grads[i]);
+        check_numel("grads", grads[i].numel(), compact_grads ? listed : tensor.numel);
+        const auto compact_state = [&](const char* name, const Tensor& state) {
+            check_numel(name, state.numel(), listed);
+            return arrays.write(name, state);
+        };
+        tensor.exp_avg = compact_state("exp_avgs", exp_avgs[i]);
+        tensor.exp_avg_sq = compact_state("exp_avg_sqs", exp_avg_sqs[i]);
+        if (!max_exp_avg_sqs.empty()) {
+            tensor.largest = compact_state("max_exp_avg_sqs", max_exp_avg_sqs[i]);
+        }
+        if (!masters.empty()) {
+            tensor.master = compact_state("masters", masters[i]);
+            const Dtype needed = tensor.param.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+            STD_TORCH_CHECK(tensor.master.dtype == needed,
+                            "masters must be float32, or float64 for float64 parameters, got another dtype; "
+                            "convert them.");
+        }
+        if (!ages.empty()) {
+            check_type("ages", ages[i], ScalarType::Int, "int32");
+            check_numel("ages", ages[i].numel(), listed);
+            tensor.ages = static_cast<int32_t*>(arrays.write_raw("ages", ages[i]));
+        }
+        call.blocks.add(listed);
+        call.tensors.push_back(tensor);
+    }
+    for (size_t i = 0; i < count; ++i) {
+        call.tensors[i].step = count_up(steps[i]);
+    }
+    cpu::adamw_indexed(call);
+    arrays.finish();
+    check_indices_were_inside(call.bad_index);
+}
+
+void accumulate_(Tensors statistics, Tensors grads, Tensors nonfinite, std::string kind, Tensors grad_scales,
+                 Tensors first_counts, bool absolute) {
+    const size_t count = statistics.size();
+    check_length("grads", length(grads), count);
+    check_flags(nonfinite, count);
+    check_optional_length("grad_scales", length(grad_scales), count);
+    Arrays arrays;
+    AccumulateCall call;
+    call.kind = kind_of(kind);
+    call.absolute = absolute;
+    int64_t* counts = nullptr;
+    size_t rows = 0;
+    if (!first_counts.empty()) {
+        const Tensor& target = first_counts[0];
+        check_type("first_counts", target, ScalarType::Long, "int64");
+        STD_TORCH_CHECK(target.dim() == 2 && target.size(1) == 1 << 11 &&
+                            (target.size(0) == 1 || target.size(0) == static_cast<int64_t>(count)),
+                        "first_counts must be [1, 2048] or [", count, ", 2048], got ", target.numel(),
+                        " counts; pass zeros of that shape.");
+        rows = static_cast<size_t>(target.size(0));
+        counts = static_cast<int64_t*>(arrays.write_raw("first_counts", target));
+    }
+    for (size_t i = 0; i < count; ++i) {
+        check_shape("grads", grads[i], statistics[i]);
+        AccumulateTensor tensor;
+        tensor.numel = statistics[i].numel();
+        tensor.statistic = arrays.write("statistics", statistics[i]);
+        tensor.grad = arrays.read("grads", grads[i]);
+        if (!grad_scales.empty()) {
+            tensor.scale = static_cast<float>(number_in("grad_scales", grad_scales[i]));
+        }
+        if (counts != nullptr) {
+            tensor.counts = counts + (rows == 1 ? 0 : i) * (1 << 11);
+        }
+        call.blocks.add(tensor.numel);
+        call.tensors.push_back(tensor);
+    }
+    cpu::accumulate(call);
+    arrays.finish();
+    for (size_t i = 0; i < count; ++i) {
+        raise_flag(nonfinite[i], call.tensors[i].nonfinite);
+    }
+}
+
+Tensor histogram(Tensors scores, int64_t shift, int64_t width, Tensor prefixes, bool per_tensor,
+                 bool absolute, Tensors ties, Numbers geometries) {
+    const size_t count = scores.size();
+    STD_TORCH_CHECK(width >= 0 && width <= 11, "width must be in [0, 11], got ", width,
+                    "; count in several rounds.");
+    STD_TORCH_CHECK(shift >= 0 && shift + width <= 63, "shift must be in [0, 63 - width], got ", shift,
+                    "; keys have 32 bits and indices at most 63.");
+    check_geometries(geometries, count);
+    const Numbers all_prefixes = integers_in("prefixes", prefixes, count);
+    const Numbers all_ties = ties.empty() ? Numbers() : integers_in("ties", ties[0], count);
+    const int64_t rows = per_tensor ? static_cast<int64_t>(count) : 1;
+    Tensor counts = torch::stable::empty({rows, int64_t{1} << width}, ScalarType::Long);
+    int64_t* const data = counts.mutable_data_ptr<int64_t>();
+    std::fill(data, data + counts.numel(), 0);
+
+    Arrays arrays;
+    HistogramCall call;
+    call.shift = static_cast<int>(shift);
+    call.width = static_cast<int>(width);
+    call.absolute = absolute;
+    call.among_ties = !all_ties.empty();
+    for (size_t i = 0; i < count; ++i) {
+        HistogramTensor tensor;
+        tensor.numel = scores[i].numel();
+        tensor.scores = arrays.read("scores", scores[i]);
+        tensor.geometry = geometry_of(geometries, i, tensor.numel);
+        tensor.prefix = all_prefixes[i];
+        tensor.tie = call.among_ties ? all_ties[i] : 0;
+        tensor.counts = data + (per_tensor ? static_cast<int64_t>(i) << width : 0);
+        call.blocks.add(tensor.numel);
+        call.tensors.push_back(tensor);
+    }
+    cpu::histogram(call);
+    return counts;
+}
+
+Tensors compact(Tensors scores, Tensors cuts, bool as_bits, bool absolute, Numbers geometries) {
+    const size_t count = scores.size();
+    check_geometries(geometries, count);
+    const std::vector<Cut> all_cuts = cuts_of(cuts, scores, geometries);
+    Arrays arrays;
+    CompactCall call;
+    call.absolute = absolute;
+    for (size_t i = 0; i < count; ++i) {
+        CompactTensor tensor;
+        tensor.mask.form = Form::kScores;
+        tensor.mask.numel = scores[i].numel();
+        tensor.mask.scores = arrays.read("scores", scores[i]);
+        tensor.mask.cut = all_cuts[i];
+        call.blocks.add(tensor.mask.numel);
+        call.tensors.push_back(tensor);
+    }
+    const std::vector<int64_t> listed = as_bits ? std::vector<int64_t>() : cpu::count_selected(call);
+    Tensors results;
+    for (size_t i = 0; i < count; ++i) {
+        CompactTensor& tensor = call.tensors[i];
+        const int64_t numel = tensor.mask.numel;
+        if (as_bits) {
+            results.push_back(torch::stable::empty({(numel + 31) / 32 * 4}, ScalarType::Byte));
+            tensor.bits = static_cast<uint8_t*>(results.back().mutable_data_ptr());
+        } else {
+            tensor.is_64_bit = numel > std::numeric_limits<int32_t>::max();
+            results.push_back(
+                torch::stable::empty({listed[i]}, tensor.is_64_bit ? ScalarType::Long : ScalarType::Int));
+            tensor.indices = results.back().mutable_data_ptr();
+        }
+    }
+    cpu::compact(call);
+    return results;
+}
+
+void gather_(Tensors buffers, Tensors tensors, Tensors indices) {
+    const size_t count = buffers.size();
+    check_length("tensors", length(tensors), count);
+    check_length("indices", length(indices), count);
+    Arrays arrays;
+    GatherCall call;
+    for (size_t i = 0; i < count; ++i) {
+        GatherTensor tensor;
+        tensor.numel = tensors[i].numel();
+        tensor.indices = indices_of(arrays, indices[i], tensor.numel);
+        check_numel("buffers", buffers[i].numel(), tensor.indices.count);
+        tensor.buffer = arrays.write("buffers", buffers[i]);
+        STD_TORCH_CHECK(bytes_of(tensor.buffer.dtype) >= 4,
+                        "buffers must be float32 or float64, got another dtype; convert them.");
+        tensor.tensor = arrays.read("tensors", tensors[i]);
+        call.blocks.add(tensor.indices.count);
+        call.tensors.push_back(tensor);
+    }
+    cpu::gather(call);
+    arrays.finish();
+    check_indices_were_inside(call.bad_index);
+}
+
+Tensor norm(Tensors grads, Tensors indices, Numbers geometries, Tensors bits, Numbers seeded) {
+    const size_t count = grads.size();
+    check_optional_length("indices", length(indices), count);
+    check_geometries(geometries, count);
+    const Selection selection(bits, seeded, count);
+    Arrays arrays;
+    NormCall call;
+    call.indexed = !indices.empty();
+    call.seeded = selection.draws.rule;
+    for (size_t i = 0; i < count; ++i) {
+        NormTensor tensor;
+        const int64_t numel = grads[i].numel();
+        const Geometry geometry = geometry_of(geometries, i, numel);
+        tensor.mask = selection.mask(arrays, i, numel, geometry);
+        tensor.grad = arrays.read("grads", grads[i]);
+        if (call.indexed) {
+            tensor.indices = indices_of(arrays, indices[i], numel);
+            call.blocks.add(tensor.indices.count);
+        } else {
+            tensor.lead = tensor.mask.form == Form::kSeeded ? lead_of(geometry, numel) : 0;
+            // nothing to read where nothing is selected
+            call.blocks.add(tensor.mask.form == Form::kNothing ? 0 : numel, tensor.lead);
+        }
+        call.tensors.push_back(tensor);
+    }
+    const double total = cpu::norm(call);
+    check_indices_were_inside(call.bad_index);
+    Tensor result = torch::stable::empty({}, ScalarType::Double);
+    *result.mutable_data_ptr<double>() = total;
+    return result;
+}
+
+void apply_delta_(Tensors params, Tensors indices, Tensors values, std::string mode) {
+    const size_t count = params.size();
+    check_length("indices", length(indices), count);
+    check_length("values", length(values), count);
+    STD_TORCH_CHECK(mode == "replace" || mode == "add" || mode == "xor",
+                    "mode must be 'replace', 'add' or 'xor', got '", mode, "'; use 'replace'.");
+    Arrays arrays;
+    DeltaCall call;
+    call.mode = mode == "replace" ? Mode::kReplace : mode == "add" ? Mode::kAdd : Mode::kXor;
+    for (size_t i = 0; i < count; ++i) {
+        DeltaTensor tensor;
+        tensor.numel = params[i].numel();
+        tensor.param = arrays.write("params", params[i]);
+        tensor.indices = indices_of(arrays, indices[i], tensor.numel);
+        tensor.values = arrays.read("values", values[i]);
+        check_numel("values", values[i].numel(), tensor.indices.count);
+        STD_TORCH_CHECK(tensor.values.dtype == tensor.param.dtype,
+                        "values must have the dtype of their parameter, got another; convert them.");
+        call.blocks.add(tensor.indices.count);
+        call.tensors.push_back(tensor);
+    }
+    cpu::apply_delta(call);
+    arrays.finish();
+    check_indices_were_inside(call.bad_index);
+}
+
+// All levels of vector instructions give the same bits: these two are there to test that.
+std::string vector_levels() {
+    std::string names;
+    for (const std::string& name : cpu::levels()) {
+        names += names.empty() ? name : "," + name;
+    }
+    return names;
+}
+
+void use_vector_level(std::string level) {
+    STD_TORCH_CHECK(cpu::use_level(level), "level must be one of ", vector_levels(), ", got '", level,
+                    "'; this machine has no other.");
+}
+
 }  // namespace
 }  // namespace sparse_optim
 
 STABLE_TORCH_LIBRARY(sparse_optim, library) {
     library.def("philox_words(int seed, int draw, int key, int start, int count) -> Tensor");
+    library.def("vector_levels() -> str");
+    library.def("use_vector_level(str level) -> ()");
+    // an empty list stands for an argument that is not given; seeded and rounding are seed, draw, threshold,
+    // one_word and the keys, cuts are keys and last_ties
+    library.def(
+        "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+        "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, float lr, float beta1, float beta2, float eps, "
+        "float weight_decay, bool maximize, float grad_scale, int[] geometries, Tensor[] bits, int[] seeded, "
+        "Tensor[] scores, Tensor[] cuts, str unselected, float rescale, int[] rounding, "
+        "Tensor(f!)[] statistics, Tensor(g!)[] nonfinite, str kind, Tensor[] statistic_scales) -> ()");
+    library.def(
+        "adamw_indexed_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
+        "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, Tensor(f!)[] ages, "
+        "Tensor(g!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
+        "bool maximize, float grad_scale, bool compact_grads) -> ()");
+    library.def(
+        "accumulate_(Tensor(a!)[] statistics, Tensor[] grads, Tensor(b!)[] nonfinite, str kind, "
+        "Tensor[] grad_scales, Tensor(c!)[] first_counts, bool absolute) -> ()");
+    library.def(
+        "histogram(Tensor[] scores, int shift, int width, Tensor prefixes, bool per_tensor, bool absolute, "
+        "Tensor[] ties, int[] geometries) -> Tensor");
+    library.def(
+        "compact(Tensor[] scores, Tensor[] cuts, bool as_bits, bool absolute, int[] geometries) -> Tensor[]");
+    library.def("gather_(Tensor(a!)[] buffers, Tensor[] tensors, Tensor[] indices) -> ()");
+    library.def(
+        "norm(Tensor[] grads, Tensor[] indices, int[] geometries, Tensor[] bits, int[] seeded) -> Tensor");
+    library.def("apply_delta_(Tensor(a!)[] params, Tensor[] indices, Tensor[] values, str mode) -> ()");
 }
 
 // no tensor goes in, so no device can be read off the arguments: the kernel is the one for every device, and
 // its result lies on the CPU
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CompositeExplicitAutograd, library) {
     library.impl("philox_words", TORCH_BOX(&sparse_optim::philox_words));
+    library.impl("vector_levels", TORCH_BOX(&sparse_optim::vector_levels));
+    library.impl("use_vector_level", TORCH_BOX(&sparse_optim::use_vector_level));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
+    library.impl("adamw_", TORCH_BOX(&sparse_optim::adamw_));
+    library.impl("adamw_indexed_", TORCH_BOX(&sparse_optim::adamw_indexed_));
+    library.impl("accumulate_", TORCH_BOX(&sparse_optim::accumulate_));
+    library.impl("histogram", TORCH_BOX(&sparse_optim::histogram));
+    library.impl("compact", TORCH_BOX(&sparse_optim::compact));
+    library.impl("gather_", TORCH_BOX(&sparse_optim::gather_));
+    library.impl("norm", TORCH_BOX(&sparse_optim::norm));
+    library.impl("apply_delta_", TORCH_BOX(&sparse_optim::apply_delta_));
 }
 
 // The library is loaded by path, but it is installed as a Python module, and such a module has this function.

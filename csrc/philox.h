@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(__HIPCC__)
-#define SPARSE_OPTIM_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SPARSE_OPTIM_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace sparse_optim {
 

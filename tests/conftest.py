@@ -52,3 +52,13 @@ def _poison_uninitialized_memory(monkeypatch):
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def torchs_own_bits(monkeypatch):
+    """For tests that compare with torch's for-loop bit for bit: the default backend is the reference, which
+    promises that. The others promise to be as close to float64 (test_backends.py).
+    """
+    from sparse_optim import MaskedAdamW
+
+    monkeypatch.setitem(MaskedAdamW.__init__.__kwdefaults__, "backend", "reference")

@@ -318,6 +318,7 @@ def test_rescaling_is_a_no_op_but_for_eps(keep):
     assert (with_it - without).abs().max() > 0.01 * moved.abs().max()
 
 
+@pytest.mark.usefixtures("torchs_own_bits")
 @pytest.mark.parametrize("fidelity", ["paper", "release"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_keep_1_is_adamw(dtype, fidelity):

@@ -26,6 +26,9 @@ from torch.testing._internal.common_utils import TestCase as TorchTestCase
 
 from sparse_optim import Bernoulli, ChildTuningAdamW, MaskedAdamW, Schedule, TopK
 
+# torch's own tests and states are matched bit for bit
+pytestmark = pytest.mark.usefixtures("torchs_own_bits")
+
 
 class AdamW(MaskedAdamW):
     """MaskedAdamW under the name that torch's suite looks for when it chooses learning rates."""

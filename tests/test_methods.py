@@ -675,6 +675,7 @@ def test_rescaling_under_adamw_is_seen_by_eps_only(granularity, refresh):
     assert (weights(True, 1e-2) - weights(False, 1e-2)).abs().max() > 1e-4
 
 
+@pytest.mark.usefixtures("torchs_own_bits")
 @grad_drops
 @pytest.mark.parametrize("rescale", [False, True], ids=["as_is", "rescaled"])
 def test_grad_drop_that_keeps_everything_is_adamw_bit_for_bit(granularity, refresh, rescale):
@@ -965,6 +966,7 @@ def test_a_bad_number_of_steps_is_reported_under_the_name_that_was_given(make, a
         make(named(DPS_SHAPES).items())
 
 
+@pytest.mark.usefixtures("torchs_own_bits")
 @pytest.mark.parametrize("fidelity", ["paper", "release"])
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 def test_dps_that_keeps_everything_is_adamw_bit_for_bit(variant, fidelity):

@@ -1,4 +1,5 @@
-"""Contract under test: the native library draws the words of the seeded rule, bit for bit.
+"""Contract under test: the native library draws the words of the seeded rule, bit for bit, its results depend
+neither on threads nor on the machine's vector instructions, and bad arguments end in an exception.
 
 The rule is written a second time here in plain Python integers, which cannot overflow, and is itself held to
 the published known answers of Philox-4x32-10. The C++ header and the reference backend are compared with it.
@@ -189,3 +190,435 @@ def test_native_words_refuse_what_they_cannot_mean(arguments, message):
     torch.ops.load_library(LIBRARIES[0])
     with pytest.raises(RuntimeError, match=message):
         torch.ops.sparse_optim.philox_words(*arguments)
+
+
+# --- the verbs ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def native():
+    """The backend, on as many threads and the vector instructions that it had before."""
+    module = pytest.importorskip("sparse_optim.backends.native")
+    if module.why_not(None):
+        pytest.skip(module.why_not(None))
+    threads, level = torch.get_num_threads(), LEVELS()[-1]
+    yield module
+    torch.set_num_threads(threads)
+    torch.ops.sparse_optim.use_vector_level(level)
+
+
+def LEVELS() -> list[str]:
+    return torch.ops.sparse_optim.vector_levels().split(",")
+
+
+# more than one block each, more than one thread's worth in all, and ragged ends
+NUMELS = [0, 1, 40_000, 31, 1025, 70_001, 5]
+HYPER = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+GEOMETRIES = {
+    "whole": lambda n: (0, max(n, 1), max(n, 1)),
+    "a run from inside a tile": lambda n: (1023, max(n, 1), max(n, 1)),
+    "short rows": lambda n: (77, 13, 40),
+    "long rows": lambda n: (300, 1500, 4000),
+}
+
+
+def everything(native, geometry: str) -> list[torch.Tensor]:
+    """Whatever the verbs compute from one set of arguments."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(dtype):
+        return [torch.randn(n, generator=generator).to(dtype) for n in NUMELS]
+
+    results = []
+    geometries = [GEOMETRIES[geometry](n) for n in NUMELS]
+    masks = [torch.rand(n, generator=generator) < 0.3 for n in NUMELS]
+    bits = [reference.pack_bits(mask) for mask in masks]
+    indices = [mask.nonzero().view(-1).int() for mask in masks]
+    keys = list(range(len(NUMELS)))
+    draws = reference.Draws(0x9E37_79B9_7F4A_7C15, 3, int(0.3 * 2**32), keys)
+    rounding = reference.Draws(5, 1 << 28, 0, keys)
+    scores = normal(torch.float32)
+    cuts = reference.Cuts(
+        torch.full((len(NUMELS),), 0xBF00_0000), torch.full((len(NUMELS),), reference.EVERY_TIE)
+    )
+    selections = [{}, {"bits": bits}, {"seeded": draws}, {"scores": scores, "cuts": cuts}]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for selection in selections:
+            for unselected in ("frozen", "zero_grad", "track") if selection else ("frozen",):
+                params, exp_avgs = normal(dtype), normal(dtype)
+                exp_avg_sqs = [t.abs() for t in normal(dtype)]
+                largest = [t.abs() for t in normal(dtype)] if unselected == "frozen" else []
+                statistics, flags = normal(torch.float32), [torch.tensor(False) for _ in NUMELS]
+                native.adamw_(
+                    params, normal(dtype), exp_avgs, exp_avg_sqs, largest, [torch.zeros(()) for _ in NUMELS],
+                    **HYPER, **selection, geometries=geometries, unselected=unselected, rescale=2.5,
+                    rounding=rounding, statistics=statistics, nonfinite=flags,
+                )  # fmt: skip
+                results += [*params, *exp_avgs, *exp_avg_sqs, *largest, *statistics]
+        params, masters = normal(dtype), [torch.randn(i.numel(), generator=generator) for i in indices]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        compact = [
+            [torch.rand(i.numel(), generator=generator, dtype=wide) for i in indices] for _ in range(3)
+        ]
+        ages = [torch.randint(0, 100, i.shape, generator=generator, dtype=torch.int32) for i in indices]
+        native.adamw_indexed_(
+            params, normal(dtype), indices, *compact, [] if dtype == torch.float64 else masters, ages,
+            [torch.zeros(()) for _ in NUMELS], **HYPER,
+        )  # fmt: skip
+        results += [*params, *masters, *ages, *(t for state in compact for t in state)]
+        grads = normal(dtype)
+        results += [
+            native.norm(grads),
+            native.norm(grads, indices=indices),
+            native.norm(grads, seeded=draws, geometries=geometries),
+            native.norm(grads, bits=bits),
+        ]
+        buffers = [torch.zeros(i.numel(), dtype=wide) for i in indices]
+        native.gather_(buffers, grads, indices)
+        native.apply_delta_(grads, indices, [t.to(dtype) for t in buffers], mode="add")
+        results += [*buffers, *grads]
+    for absolute in (False, True):
+        statistics, counts = normal(torch.bfloat16), torch.zeros(len(NUMELS), 2048, dtype=torch.int64)
+        native.accumulate_(
+            statistics, normal(torch.float32), [torch.tensor(False) for _ in NUMELS], kind="signed",
+            first_counts=counts, absolute=absolute,
+        )  # fmt: skip
+        prefixes = torch.full((len(NUMELS),), 0xBF00_0000 >> 21)
+        results += [*statistics, counts]
+        for per_tensor in (False, True):
+            results.append(
+                native.histogram(
+                    scores, shift=10, width=11, prefixes=prefixes, per_tensor=per_tensor, absolute=absolute
+                )
+            )
+        for as_bits in (False, True):
+            results += native.compact(
+                scores, cuts=cuts, as_bits=as_bits, absolute=absolute, geometries=geometries
+            )
+    return results
+
+
+CLOSE = {  # relative and absolute
+    torch.float64: (1e-12, 1e-10),
+    torch.float32: (1e-5, 1e-4),
+    torch.bfloat16: (2**-6, 1e-2),
+    torch.float16: (2**-9, 1e-2),
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_results_are_those_of_the_reference(native, geometry):
+    results, expected = everything(native, geometry), everything(reference, geometry)
+    for i, (got, want) in enumerate(zip(results, expected, strict=True)):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        rtol, atol = CLOSE.get(got.dtype, (0, 0))
+        torch.testing.assert_close(
+            got, want, rtol=rtol, atol=atol, msg=lambda text, i=i: f"result {i}: {text}"
+        )
+
+
+def raw(tensors: list[torch.Tensor]) -> list[bytes]:
+    return [tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_results_do_not_depend_on_the_number_of_threads(native, geometry):
+    torch.set_num_threads(1)
+    alone = raw(everything(native, geometry))
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        assert raw(everything(native, geometry)) == alone, f"{threads} threads"
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_results_do_not_depend_on_the_vector_instructions(native, geometry):
+    if len(LEVELS()) == 1:
+        pytest.skip("this machine has one level of vector instructions only")
+    torch.set_num_threads(1)
+    torch.ops.sparse_optim.use_vector_level("baseline")
+    narrow = raw(everything(native, geometry))
+    for level in LEVELS()[1:]:
+        torch.ops.sparse_optim.use_vector_level(level)
+        assert raw(everything(native, geometry)) == narrow, level
+
+
+def test_an_unknown_level_of_vector_instructions_is_refused(native):
+    with pytest.raises(RuntimeError, match=r"level must be one of baseline.*, got 'abacus'"):
+        torch.ops.sparse_optim.use_vector_level("abacus")
+
+
+HALVES = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value_is_read_as_torch_reads_it(native, dtype):
+    values = HALVES.view(dtype)
+    buffer = torch.zeros(values.numel())
+    native.gather_([buffer], [values], [torch.arange(values.numel(), dtype=torch.int32)])
+    # adding to zero makes -0.0 positive on both sides
+    assert torch.equal(buffer.nan_to_num(7.5), (values.float() + 0.0).nan_to_num(7.5))
+    assert torch.equal(buffer.isnan(), values.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_is_rounded_to_16_bits_as_torch_rounds_it(native, dtype):
+    # every stored value, its neighbours, and the ties between it and the next, on both sides of zero
+    low_bits = 16 if dtype == torch.bfloat16 else 13
+    exact = HALVES.view(dtype).float()
+    exact = exact[exact.isfinite()].view(torch.int32)
+    offsets = torch.tensor([0, 1, -1, 1 << low_bits - 1, (1 << low_bits - 1) + 1, (1 << low_bits - 1) - 1])
+    values = (exact[:, None] + offsets.int()).view(-1).view(torch.float32)
+    values = torch.cat(
+        [values, torch.tensor([65519.0, 65520.0, 1e6, 3e38, float("inf"), float("nan"), 1e-9])]
+    )
+    values = torch.cat([values, -values])
+    rounded = torch.zeros(values.numel(), dtype=dtype)
+    masters = values.clone()
+    # a master that the parameter agrees with is stored again; the update itself moves nothing
+    rounded.copy_(values)
+    expected = rounded.clone()
+    zeros = [torch.zeros(values.numel())]
+    native.adamw_indexed_(
+        [rounded], zeros, [torch.arange(values.numel(), dtype=torch.int32)],
+        [torch.zeros(values.numel())], [torch.ones(values.numel())], [], [masters], [], [torch.zeros(())],
+        **HYPER | {"lr": 0.0},
+    )  # fmt: skip
+    finite = ~values.isnan()
+    assert torch.equal(masters[finite], values[finite]), "a rounded master was taken for a stale one"
+    assert torch.equal(rounded[finite], expected[finite])
+    assert rounded[~finite].isnan().all()
+
+
+def test_the_scores_of_a_statistic_are_those_after_this_gradient(native):
+    # the statistic is read, added to and compared in one pass; the reference does one after the other
+    grad, cut = torch.randn(3000), reference.Cuts(torch.tensor([0xBF80_0000]), torch.tensor([-1]))
+    for backend in (native, reference):
+        statistic, param = torch.linspace(0, 1, 6000)[::2], torch.zeros(3000)
+        backend.adamw_(
+            [param], [grad], [torch.zeros(3000)], [torch.zeros(3000)], [], [torch.zeros(())], **HYPER,
+            scores=[statistic], cuts=cut, statistics=[statistic], nonfinite=[torch.tensor(False)],
+        )  # fmt: skip
+        assert torch.equal(param != 0, torch.linspace(0, 1, 6000)[::2] + grad**2 > 1)
+
+
+def test_a_step_that_found_infinities_writes_and_counts_nothing(native):
+    param, step, statistic = torch.ones(5), torch.zeros(()), torch.zeros(5)
+    arguments = ([param], [torch.ones(5)], [torch.zeros(5)], [torch.zeros(5)])
+    where = [torch.arange(5, dtype=torch.int32)]
+    native.adamw_(
+        *arguments, [], [step], **HYPER, found_inf=torch.tensor(1.0), statistics=[statistic],
+        nonfinite=[torch.tensor(False)],
+    )  # fmt: skip
+    native.adamw_indexed_(
+        *arguments[:2], where, *arguments[2:], [], [], [], [step], **HYPER, found_inf=torch.tensor(1.0)
+    )
+    assert param.eq(1).all() and step == 0 and not statistic.any()
+    native.adamw_(*arguments, [], [step], **HYPER, found_inf=torch.tensor(0.0))
+    assert step == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_steps_of_any_dtype_count_as_torch_counts_in_it(native, dtype):
+    for start in (0, 7, 255, 256, 2047, 2048):
+        step, expected = torch.tensor(start, dtype=dtype), torch.tensor(start, dtype=dtype).add_(1)
+        native.adamw_(
+            [torch.zeros(2)], [torch.ones(2)], [torch.zeros(2)], [torch.zeros(2)], [], [step], **HYPER
+        )
+        assert torch.equal(step, expected)
+
+
+def test_autograd_notices_that_a_parameter_was_updated(native):
+    param = torch.nn.Parameter(torch.ones(3))
+    loss = (param * param).sum()
+    with torch.no_grad():
+        native.adamw_(
+            [param], [torch.ones(3)], [torch.zeros(3)], [torch.zeros(3)], [], [torch.zeros(())], **HYPER
+        )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_tensors_are_updated_too(native):
+    with torch.inference_mode():
+        param = torch.zeros(3)
+        native.adamw_(
+            [param], [torch.ones(3)], [torch.zeros(3)], [torch.zeros(3)], [], [torch.zeros(())], **HYPER
+        )
+    assert param.ne(0).all()
+
+
+def test_why_not_names_what_is_missing(native):
+    assert native.why_not(None) == native.why_not(torch.device("cpu")) == ""
+    assert native.why_not(torch.device("cuda", 0)) == "the CUDA verbs are not part of this version"
+    assert native.why_not(torch.device("meta")) == "it has no verbs for meta tensors"
+
+
+def dense(**changes):
+    """Arguments of `adamw_` for two tensors, some of them changed."""
+    given = {
+        name: [torch.ones(4), torch.ones(3, 40)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")
+    }
+    given |= {"max_exp_avg_sqs": [], "steps": [torch.zeros(()), torch.zeros(())]}
+    return given | HYPER | changes
+
+
+def indexed(**changes):
+    """Arguments of `adamw_indexed_` for one tensor, some of them changed."""
+    given = {"params": [torch.ones(9)], "grads": [torch.ones(9)], "indices": [torch.tensor([1, 8]).int()]}
+    given |= {name: [torch.ones(2)] for name in ("exp_avgs", "exp_avg_sqs")}
+    given |= {"max_exp_avg_sqs": [], "masters": [], "ages": [], "steps": [torch.zeros(())]}
+    return given | HYPER | changes
+
+
+TWO = [torch.ones(4), torch.ones(3, 40)]
+BAD_DENSE = {
+    "too few grads": ({"grads": TWO[:1]}, "grads must have one item per tensor, got 1 for 2"),
+    "too many moments": ({"exp_avgs": [*TWO, TWO[0]]}, "exp_avgs must have one item per tensor, got 3"),
+    "too few squares": ({"exp_avg_sqs": []}, "exp_avg_sqs must have one item per tensor, got 0"),
+    "too few largest": ({"max_exp_avg_sqs": TWO[:1]}, "max_exp_avg_sqs must have one item per tensor"),
+    "too few steps": ({"steps": []}, "steps must have one item per tensor, got 0"),
+    "long step": ({"steps": [torch.zeros(2), torch.zeros(())]}, "steps must have 1 entries, got 2"),
+    "integer step": ({"steps": [torch.tensor(0), torch.tensor(0)]}, "steps must be float64, float32"),
+    "integer parameter": ({"params": [torch.ones(4).int(), TWO[1]]}, "params must be float64, float32"),
+    "complex gradient": ({"grads": [torch.ones(4) * 1j, TWO[1]]}, "grads must be float64, float32"),
+    "shorter gradient": ({"grads": [torch.ones(3), TWO[1]]}, "grads must have the shape of its parameter"),
+    "other shape": ({"grads": [TWO[0], torch.ones(40, 3)]}, "grads must have the shape of its parameter"),
+    "short moments": ({"exp_avgs": [TWO[0], torch.ones(119)]}, "exp_avgs must have the shape"),
+    "meta gradient": ({"grads": [TWO[0], torch.ones(3, 40, device="meta")]}, "Meta tensors"),
+    "short bits": (
+        {"bits": [torch.zeros(4).byte(), torch.zeros(15).byte()]},
+        "bits must have 16 bytes for 120 entries, got 15",
+    ),
+    "wide bits": ({"bits": [torch.zeros(4).int(), torch.zeros(16).int()]}, "bits must be uint8"),
+    "one mask": ({"bits": [torch.zeros(4).byte()]}, "bits must have one item per tensor, got 1 for 2"),
+    "one key": ({"seeded": reference.Draws(1, 2, 3, [4])}, "seeded must have one key per tensor, got 1"),
+    "negative key": ({"seeded": reference.Draws(1, 2, 3, [4, -1])}, r"seeded.keys must be in \[0, 2\*\*32\)"),
+    "threshold": ({"seeded": reference.Draws(1, 2, 2**32 + 1, [4, 5])}, "seeded.threshold must be in"),
+    "draw": ({"rounding": reference.Draws(1, 2**32, 3, [4, 5])}, "rounding.draw must be in"),
+    "one geometry": ({"geometries": [(0, 4, 4)]}, "geometries must have three numbers per tensor, got 3"),
+    "no width": ({"geometries": [(0, 0, 4), (0, 1, 1)]}, "geometries must have .* got 0, 0 and 4"),
+    "unselected": ({"unselected": "thawed"}, "unselected must be 'frozen', 'zero_grad' or 'track', got"),
+    "kind": ({"kind": "cubes"}, "kind must be 'squares', 'signed' or 'absolute', got 'cubes'"),
+    "no flags": ({"statistics": TWO}, "nonfinite must have one item per tensor, got 0 for 2"),
+    "float cuts": (
+        {"scores": TWO, "cuts": reference.Cuts(torch.zeros(2), torch.zeros(2))},
+        "cuts.keys must be int64",
+    ),
+    "one cut": (
+        {"scores": TWO, "cuts": reference.Cuts(torch.tensor([0]), torch.tensor([0]))},
+        "cuts.keys must have 2 entries, got 1",
+    ),
+    "short scores": (
+        {"scores": [torch.ones(4)] * 2, "cuts": reference.Cuts(torch.tensor([0, 0]), torch.tensor([0, 0]))},
+        "scores must have 120 entries, got 4",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_DENSE.values(), ids=BAD_DENSE.keys())
+def test_bad_arguments_are_refused_before_anything_is_written(native, changes, message):
+    arguments = dense(**changes)
+    given = [t for v in arguments.values() if isinstance(v, list) for t in v if isinstance(t, torch.Tensor)]
+    before = [tensor.clone() for tensor in given]
+    with pytest.raises((RuntimeError, NotImplementedError), match=message):
+        native.adamw_(**arguments)
+    for was, now in zip(before, given, strict=True):
+        assert was.is_meta or torch.equal(was, now)
+
+
+BAD_INDEXED = {
+    "float indices": ({"indices": [torch.ones(2)]}, "indices must be int32 or int64"),
+    "short indices": ({"indices": [torch.ones(2).short()]}, "indices must be int32 or int64"),
+    "matrix": ({"indices": [torch.ones(1, 2).int()]}, "indices must have one dimension, got 2"),
+    "beyond the end": ({"indices": [torch.tensor([1, 9]).int()]}, r"indices must be in \[0, 9\), got 1 to 9"),
+    "negative": ({"indices": [torch.tensor([-1, 8])]}, r"indices must be in \[0, 9\), got -1 to 8"),
+    "short moments": ({"exp_avgs": [torch.ones(1)]}, "exp_avgs must have 2 entries, got 1"),
+    "dense moments": ({"exp_avg_sqs": [torch.ones(9)]}, "exp_avg_sqs must have 2 entries, got 9"),
+    "short gradient": ({"grads": [torch.ones(8)]}, "grads must have 9 entries, got 8"),
+    "compact gradient": (
+        {"compact_grads": True, "grads": [torch.ones(9)]},
+        "grads must have 2 entries, got 9",
+    ),
+    "narrow masters": ({"masters": [torch.ones(2).bfloat16()]}, "masters must be float32"),
+    "long ages": ({"ages": [torch.ones(2).long()]}, "ages must be int32"),
+    "short ages": ({"ages": [torch.ones(1).int()]}, "ages must have 2 entries, got 1"),
+    "two masters": ({"masters": [torch.ones(2)] * 2}, "masters must have one item per tensor, got 2 for 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_INDEXED.values(), ids=BAD_INDEXED.keys())
+def test_bad_compact_arguments_are_refused(native, changes, message):
+    with pytest.raises(RuntimeError, match=message):
+        native.adamw_indexed_(**indexed(**changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("bad", [-1, 9, 2**31 - 1, -(2**31)])
+def test_a_bad_index_amid_good_ones_is_an_error_and_no_crash(native, dtype, bad):
+    where = [torch.tensor([1, bad, 8], dtype=dtype)]
+    three = [[torch.ones(3)] for _ in range(3)]
+    message = "indices must ascend and lie inside"
+    with pytest.raises(RuntimeError, match=message):
+        native.adamw_indexed_(**indexed(indices=where, exp_avgs=three[0], exp_avg_sqs=three[1]))
+    with pytest.raises(RuntimeError, match=message):
+        native.gather_(three[0], [torch.ones(9)], where)
+    with pytest.raises(RuntimeError, match=message):
+        native.norm([torch.ones(9)], indices=where)
+    for mode in ("replace", "add", "xor"):
+        with pytest.raises(RuntimeError, match=message):
+            native.apply_delta_([torch.ones(9)], where, three[0], mode=mode)
+
+
+ONE = torch.tensor([0])
+BAD_OTHERS = {
+    "statistic shape": (
+        lambda n: n.accumulate_([torch.ones(3)], [torch.ones(4)], [torch.tensor(False)], kind="signed"),
+        "grads must have the shape",
+    ),
+    "flag dtype": (
+        lambda n: n.accumulate_([torch.ones(3)], [torch.ones(3)], [torch.tensor(0.0)], kind="signed"),
+        "nonfinite must be bool",
+    ),
+    "first counts": (
+        lambda n: n.accumulate_(
+            [torch.ones(3)], [torch.ones(3)], [torch.tensor(False)], kind="signed",
+            first_counts=torch.zeros(1, 2047, dtype=torch.int64),
+        ),
+        r"first_counts must be \[1, 2048\]",
+    ),
+    "width": (
+        lambda n: n.histogram([torch.ones(3)], shift=0, width=12, prefixes=ONE, per_tensor=True),
+        r"width must be in \[0, 11\], got 12",
+    ),
+    "shift": (
+        lambda n: n.histogram([torch.ones(3)], shift=-1, width=4, prefixes=ONE, per_tensor=True),
+        "shift must be in .* got -1",
+    ),
+    "prefixes": (
+        lambda n: n.histogram([torch.ones(3)] * 2, shift=0, width=4, prefixes=ONE, per_tensor=True),
+        "prefixes must have 2 entries, got 1",
+    ),
+    "scores": (
+        lambda n: n.compact([torch.ones(3).int()], cuts=reference.Cuts(ONE, ONE), as_bits=True),
+        "scores must be float64, float32",
+    ),
+    "half buffer": (
+        lambda n: n.gather_([torch.ones(1).half()], [torch.ones(3)], [ONE]),
+        "buffers must be float32 or float64",
+    ),
+    "long buffer": (lambda n: n.gather_([torch.ones(2)], [torch.ones(3)], [ONE]), "buffers must have 1"),
+    "delta dtype": (
+        lambda n: n.apply_delta_([torch.ones(3)], [ONE], [torch.ones(1).half()]),
+        "values must have the dtype of their parameter",
+    ),
+    "delta mode": (
+        lambda n: n.apply_delta_([torch.ones(3)], [ONE], [torch.ones(1)], mode="swap"),
+        "mode must be 'replace', 'add' or 'xor', got 'swap'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_OTHERS.values(), ids=BAD_OTHERS.keys())
+def test_other_verbs_refuse_what_they_cannot_mean(native, call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call(native)

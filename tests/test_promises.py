@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_optim import Bernoulli, MaskedAdamW, Schedule, SignedGradient, SquaredGradient, TopK
+from sparse_optim import Bernoulli, MaskedAdamW, Schedule, SignedGradient, SquaredGradient, TopK, backends
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -242,6 +242,7 @@ def test_frozen_entries_keep_their_moments(case):
                     assert not ((bits(now) != value) & ~optimizer.mask(p)).any(), key
 
 
+@pytest.mark.usefixtures("torchs_own_bits")
 @promise(40)
 @hypothesis.given(
     case=cases(
@@ -697,6 +698,25 @@ DENSE = {
 }
 
 
+@pytest.mark.parametrize("backend", backends.available(torch.device("cpu")))
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain_adam", "amsgrad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_backend_trains_as_adamw_up_to_roundings(backend, amsgrad, dtype):
+    ours, theirs = ([nn.Parameter(torch.linspace(-2, 2, 1500).to(dtype)) for _ in range(2)] for _ in range(2))
+    options = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": amsgrad}
+    optimizers = [MaskedAdamW(ours, backend=backend, **options), torch.optim.AdamW(theirs, **options)]
+    for t in range(6):
+        for p, q in zip(ours, theirs, strict=True):
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(t)).to(dtype)
+            p.grad, q.grad = noise, noise.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(p, q, rtol=8 * eps, atol=8 * eps)
+
+
+@pytest.mark.usefixtures("torchs_own_bits")
 @pytest.mark.parametrize("dense_id", DENSE)
 @promise(12)
 @hypothesis.given(
@@ -1033,6 +1053,7 @@ def test_a_gradient_seen_once_is_enough_to_count():
     assert int(optimizer.mask(b).sum()) == 20
 
 
+@pytest.mark.usefixtures("torchs_own_bits")
 @pytest.mark.parametrize("unselected", UNSELECTED)
 def test_groups_that_are_not_masked_wait_while_nothing_moves_and_then_train_as_adamw(unselected):
     body, head, twin = (nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(3))

@@ -507,6 +507,7 @@ def test_fidelity_is_part_of_what_must_match():
         paper.load_state_dict(release.state_dict())
 
 
+@pytest.mark.usefixtures("torchs_own_bits")
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain_adam", "amsgrad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_state_of_torch_adamw_loads_without_a_policy_and_goes_on_bit_for_bit(dtype, amsgrad):

@@ -1,0 +1,273 @@
+"""The verbs in C++ for the CPU: csrc/ says how, `reference` says what. They run through `torch.ops`, where an
+argument that is not given is an empty list.
+
+Arithmetic and rounding are the reference's, operation by operation; only the order of the additions in `norm`
+is another, and it does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .reference import Cuts, Draws, Geometry, remap_
+
+__all__ = [
+    "accumulate_", "adamw_", "adamw_indexed_", "apply_delta_", "compact", "gather_", "histogram", "norm",
+    "remap_", "why_not",
+]  # fmt: skip
+
+
+def _load() -> str:
+    """Registers the operators; why that cannot be, or nothing."""
+    found = importlib.util.find_spec("._C", __package__.rpartition(".")[0])
+    build = "python setup.py build_ext --inplace"
+    if found is None or found.origin is None:
+        return f"the native library is not built; `{build}` builds it or says why not"
+    try:
+        torch.ops.load_library(found.origin)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        why = f"does not load with torch {torch.__version__} ({error})"
+        return f"the native library {why}; `{build}` rebuilds it"
+    if not hasattr(torch.ops.sparse_optim, "adamw_"):
+        return f"the native library is that of an older version; `{build}` rebuilds it"
+    return ""
+
+
+_UNUSABLE = _load()
+_ops = torch.ops.sparse_optim
+
+
+def why_not(device: torch.device | None) -> str:
+    """Why these verbs cannot update tensors on `device` (None: on any); empty when they can."""
+    if _UNUSABLE or device is None or device.type == "cpu":
+        return _UNUSABLE
+    if device.type == "cuda":
+        return "the CUDA verbs are not part of this version"
+    return f"it has no verbs for {device.type} tensors"
+
+
+def _number(value: float | Tensor) -> float:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _factor(grad_scale: Tensor | None) -> float:
+    return 1.0 if grad_scale is None else float(grad_scale.item())
+
+
+def _skipped(found_inf: Tensor | None) -> bool:
+    return found_inf is not None and bool(found_inf.item())
+
+
+def _flat(geometries: Sequence[Geometry] | None) -> list[int]:
+    return [] if geometries is None else [number for geometry in geometries for number in geometry]
+
+
+def _drawn(draws: Draws | None) -> list[int]:
+    if draws is None:
+        return []
+    seed = draws.seed - (1 << 64) if draws.seed >> 63 else draws.seed  # the same 64 bits, signed
+    return [seed, draws.draw, draws.threshold, draws.one_word, *draws.keys]
+
+
+def _wrote_to(params: Sequence[Tensor]) -> None:
+    """Autograd finds out, as after any operation in place, when a saved tensor has changed."""
+    increment_version([param for param in params if not param.is_inference()])
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    geometries: Sequence[Geometry] | None = None,
+    bits: Sequence[Tensor] | None = None,
+    seeded: Draws | None = None,
+    scores: Sequence[Tensor] | None = None,
+    cuts: Cuts | None = None,
+    unselected: str = "frozen",
+    rescale: float = 1.0,
+    rounding: Draws | None = None,
+    found_inf: Tensor | None = None,
+    statistics: Sequence[Tensor] = (),
+    nonfinite: Sequence[Tensor] = (),
+    kind: str = "squares",
+    statistic_scales: Sequence[Tensor] | None = None,
+    differentiable: bool = False,
+) -> None:
+    """See `reference.adamw_`. Each gradient is read once, for the statistic and for the update."""
+    if not params or _skipped(found_inf):
+        return
+    _ops.adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        _number(lr),
+        _number(beta1),
+        _number(beta2),
+        eps,
+        weight_decay,
+        maximize,
+        _factor(grad_scale),
+        _flat(geometries),
+        bits or (),
+        _drawn(seeded),
+        (scores if cuts is not None else None) or (),
+        cuts or (),
+        unselected,
+        rescale,
+        _drawn(rounding),
+        statistics,
+        nonfinite,
+        kind,
+        statistic_scales or (),
+    )
+    _wrote_to(params)
+
+
+def adamw_indexed_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    ages: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    compact_grads: bool = False,
+    found_inf: Tensor | None = None,
+    differentiable: bool = False,
+) -> None:
+    """See `reference.adamw_indexed_`."""
+    if not params or _skipped(found_inf):
+        return
+    _ops.adamw_indexed_(
+        params,
+        grads,
+        indices,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        masters,
+        ages,
+        steps,
+        _number(lr),
+        _number(beta1),
+        _number(beta2),
+        eps,
+        weight_decay,
+        maximize,
+        _factor(grad_scale),
+        compact_grads,
+    )
+    _wrote_to(params)
+
+
+def accumulate_(
+    statistics: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    nonfinite: Sequence[Tensor],
+    *,
+    kind: str,
+    grad_scales: Sequence[Tensor] | None = None,
+    first_counts: Tensor | None = None,
+    absolute: bool = False,
+) -> None:
+    """See `reference.accumulate_`. `first_counts` rides along: nothing is read again for it."""
+    if statistics:
+        counts = () if first_counts is None else (first_counts,)
+        _ops.accumulate_(statistics, grads, nonfinite, kind, grad_scales or (), counts, absolute)
+
+
+def histogram(
+    scores: Sequence[Tensor],
+    *,
+    shift: int,
+    width: int,
+    prefixes: Tensor,
+    per_tensor: bool,
+    absolute: bool = False,
+    ties: Tensor | None = None,
+    geometries: Sequence[Geometry] | None = None,
+) -> Tensor:
+    """See `reference.histogram`."""
+    counts: Tensor = _ops.histogram(
+        scores,
+        shift,
+        width,
+        prefixes,
+        per_tensor,
+        absolute,
+        () if ties is None else (ties,),
+        _flat(geometries),
+    )
+    return counts
+
+
+def compact(
+    scores: Sequence[Tensor],
+    *,
+    cuts: Cuts,
+    as_bits: bool,
+    absolute: bool = False,
+    geometries: Sequence[Geometry] | None = None,
+) -> list[Tensor]:
+    """See `reference.compact`."""
+    masks: list[Tensor] = _ops.compact(scores, cuts, as_bits, absolute, _flat(geometries))
+    return masks
+
+
+def gather_(buffers: Sequence[Tensor], tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    """See `reference.gather_`."""
+    if buffers:
+        _ops.gather_(buffers, tensors, indices)
+
+
+def norm(
+    grads: Sequence[Tensor],
+    *,
+    indices: Sequence[Tensor] | None = None,
+    geometries: Sequence[Geometry] | None = None,
+    bits: Sequence[Tensor] | None = None,
+    seeded: Draws | None = None,
+) -> Tensor:
+    """See `reference.norm`."""
+    if not grads:
+        return torch.zeros((), dtype=torch.float64)
+    total: Tensor = _ops.norm(grads, indices or (), _flat(geometries), bits or (), _drawn(seeded))
+    return total
+
+
+def apply_delta_(
+    params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], *, mode: str = "replace"
+) -> None:
+    """See `reference.apply_delta_`."""
+    if params:
+        _ops.apply_delta_(params, indices, values, mode)
+        _wrote_to(params)
