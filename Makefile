@@ -89,7 +89,7 @@ measure = status=0; \
 # The tests of the backends, in as many processes as JOBS where pytest-xdist is at hand; what is left of nine minutes
 # is for the measurements, so they come to an end early rather than late. Warnings of versions that constraints.txt
 # does not name are shown, not fatal.
-TESTS ?= tests/test_backends.py tests/test_conformance.py
+TESTS ?= tests/test_triton.py tests/test_backends.py -k "(triton or cuda) and not machine_code"
 gpu:
 	@echo "== $$($(PYTHON) --version) and its packages as they are; nothing is installed"
 	@$(PYTHON) -c 'import torch; print("torch", torch.__version__, "CUDA device:", torch.cuda.is_available() and torch.cuda.get_device_name())'
