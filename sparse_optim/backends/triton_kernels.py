@@ -99,7 +99,9 @@ _Columns = tuple[tuple[int, tuple[int, ...]], ...]
 class _Table:
     """Rows of numbers on the device, the tensor of every tile, and the addresses that may change."""
 
-    def __init__(self, device: torch.device, columns: _Columns, lengths: tuple[int, ...], tile: int) -> None:
+    def __init__(
+        self, device: torch.device, stream: int, columns: _Columns, lengths: tuple[int, ...], tile: int
+    ) -> None:
         count = len(lengths)
         tiles = (torch.tensor(lengths) + tile - 1) // tile
         self.device = device
@@ -118,8 +120,7 @@ class _Table:
         whole_tiles = offset & ((rows[:, _INNER.value] >= rows[:, _NUMEL.value]) | (inner & stride))
         rows[:, _ALIGNED.value] = (addresses % 16 == 0).all(1) & whole_tiles
         self.rows = _to_device(rows, device)
-        owner = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), tiles)
-        self.owner = _to_device(owner, device)
+        self.owner = _owners(device, stream, tuple(self.tiles))
         self._last: tuple[int, ...] = ()
         self._gradients = torch.zeros(count, dtype=torch.int64, device=device)
         self._numbers: Tensor | None = None
@@ -148,12 +149,22 @@ def _to_device(host: Tensor, device: torch.device) -> Tensor:
     return _pinned(host, device).to(device, non_blocking=True)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
+def _owners(device: torch.device, stream: int, tiles: tuple[int, ...]) -> Tensor:
+    """The tensor of every tile, int32. Much longer than the rows, and the same for all verbs on these
+    lengths.
+    """
+    del stream
+    owners = torch.repeat_interleave(torch.arange(len(tiles), dtype=torch.int32), torch.tensor(tiles))
+    return _to_device(owners, device)
+
+
+@functools.lru_cache(maxsize=1024)
 def _remembered_table(
     device: torch.device, stream: int, columns: _Columns, lengths: tuple[int, ...], tile: int
 ) -> _Table:
-    del stream  # kernels of another stream may still read the table of this one
-    return _Table(device, columns, lengths, tile)
+    # of one stream: kernels of another may still read the rows while this one writes addresses
+    return _Table(device, stream, columns, lengths, tile)
 
 
 def _table(
@@ -1475,9 +1486,7 @@ def remap_(
             _OFFSET: sizes,
         }
         with _on(first.device):
-            table = _Table(
-                first.device, _as_numbers(columns), tuple(news[i].numel() for i, _ in chosen), LISTED
-            )
+            table = _table(first.device, columns, [news[i].numel() for i, _ in chosen], LISTED)
             if table.programs:
                 value = _INTEGERS[states[chosen[0][0]][chosen[0][1]].element_size()]
                 _remap_kernel[(table.programs,)](
