@@ -29,6 +29,7 @@ from test_backends import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_optim import Bernoulli, MaskedAdamW, Schedule, TopK, backends
+from sparse_optim.backends import reference
 from sparse_optim.backends.reference import Draws, seeded_mask
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -194,6 +195,119 @@ def test_a_wrong_kernel_is_caught(name, wrong, check, arguments, monkeypatch):
     monkeypatch.setattr(triton_kernels, name, wrong)
     with pytest.raises(AssertionError):
         check(triton_kernels, *arguments)
+
+
+# --- odd circumstances ------------------------------------------------------------------------------------
+
+HYPER = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+
+
+def one_step(verbs=triton_kernels, numel=10, step=None, **arguments):
+    """A parameter of ones after one dense step under gradients of one."""
+    param = torch.ones(numel, device=DEVICE)
+    state = [torch.full((numel,), 0.5, device=DEVICE) for _ in range(2)]
+    steps = [torch.tensor(0.0, device="cpu") if step is None else step]
+    verbs.adamw_([param], [torch.ones_like(param)], *[[s] for s in state], [], steps, **HYPER | arguments)
+    return param
+
+
+@pytest.mark.parametrize("count", [2.0**24 - 1, 2.0**24, 2.0**31 - 200])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["host", "device"])
+def test_steps_beyond_two_to_the_24_still_move_weights(count, lr):
+    step = torch.tensor(count, dtype=torch.float64)
+    expected = one_step(reference, step=step.clone(), lr=float(lr))
+    param = one_step(step=step, lr=lr)
+    assert step == count + 1
+    torch.testing.assert_close(param, expected)
+
+
+def test_whole_numbers_count_steps_too():
+    step = torch.tensor(3)
+    torch.testing.assert_close(one_step(step=step), one_step(reference, step=torch.tensor(3)))
+    assert step == 4
+
+
+def test_tables_are_made_on_the_host_whatever_the_default_device():
+    with torch.device("meta"):
+        numbers = triton_kernels._Table(torch.device("cpu"), 0, ((0, (1,)),), (5000,), 1024)
+    assert numbers.rows.device.type == numbers.owner.device.type == "cpu"
+
+
+def test_a_table_that_was_made_in_inference_mode_serves_outside_it():
+    buffers, lists = [torch.zeros(3, device=DEVICE)], [torch.arange(3, dtype=torch.int32, device=DEVICE)]
+    with torch.inference_mode():
+        triton_kernels.gather_(buffers, [torch.ones(7, device=DEVICE)], lists)
+    triton_kernels.gather_(buffers, [torch.ones(7, device=DEVICE)], lists)
+    assert buffers[0].tolist() == [2.0] * 3
+
+
+def test_tensors_with_steps_of_different_dtypes_can_share_a_call():
+    runs = []
+    for verbs in (reference, triton_kernels):
+        params = [torch.ones(5, device=DEVICE) for _ in range(2)]
+        state = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+        steps = [torch.tensor(3.0), torch.tensor(4.0, dtype=torch.float64)]
+        verbs.adamw_(
+            params,
+            [torch.ones_like(p) for p in params],
+            *state,
+            [],
+            steps,
+            **HYPER | {"lr": torch.tensor(0.1)},
+        )
+        assert [step.item() for step in steps] == [4.0, 5.0]
+        runs.append(params)
+    torch.testing.assert_close(*runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_scores_of_other_dtypes_are_ranked_as_float32(dtype):
+    scores = torch.tensor([1.0, float("inf"), float("nan"), 2.0, 0.5], dtype=dtype, device=DEVICE)
+    policy = TopK(0.4)
+    for as_bits in (False, True):
+        ours, theirs = (
+            policy.select([scores], verbs, as_bits=as_bits) for verbs in (triton_kernels, reference)
+        )
+        assert torch.equal(ours[0][0], theirs[0][0])
+
+
+def test_strided_lists_and_states_are_read_in_their_order():
+    wide = torch.arange(0, 40, dtype=torch.int32, device=DEVICE)
+    index, weights = wide[::2], torch.arange(80.0, device=DEVICE)
+    assert triton_kernels.norm([weights], indices=[index]) == reference.norm([weights], indices=[index])
+    runs = []
+    for verbs in (reference, triton_kernels):
+        buffer, param = torch.zeros(20, device=DEVICE), torch.zeros(80, device=DEVICE)
+        verbs.gather_([buffer], [weights], [index])
+        verbs.apply_delta_([param], [index], [buffer])
+        (carried,) = verbs.remap_([index], [wide[1::3]], [[torch.arange(40.0, device=DEVICE)[::2]]])
+        moments = [torch.zeros(40, device=DEVICE)[::2] for _ in range(2)]
+        verbs.adamw_indexed_(
+            [param], [weights], [index], [moments[0]], [moments[1]], [], [], [], [torch.tensor(0.0)], **HYPER
+        )
+        runs.append([buffer, param, carried[0], *moments])
+    torch.testing.assert_close(*runs)
+
+
+def test_a_gradient_whose_sign_is_a_flag_keeps_its_sign():
+    runs = []
+    for verbs in (reference, triton_kernels):
+        param, state = torch.zeros(5, device=DEVICE), [torch.zeros(5, device=DEVICE) for _ in range(2)]
+        grad = torch._neg_view(torch.ones(5, device=DEVICE))
+        verbs.adamw_([param], [grad], [state[0]], [state[1]], [], [torch.tensor(0.0)], **HYPER)
+        runs.append(param)
+    torch.testing.assert_close(*runs)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: capture of a graph")
+def test_a_first_step_inside_a_capture_is_refused():
+    graph = torch.cuda.CUDAGraph()
+    param = torch.ones(77, device=DEVICE)
+    state = [torch.zeros_like(param) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="captured"), torch.cuda.graph(graph):
+        triton_kernels.adamw_(
+            [param], [torch.ones_like(param)], *[[s] for s in state], [], [torch.tensor(0.0)], **HYPER
+        )
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------

@@ -626,7 +626,7 @@ def remap_(
     results = []
     for old, new, columns in zip(olds, news, states, strict=True):
         if old.numel():
-            place = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
+            place = torch.searchsorted(old.contiguous(), new.contiguous()).clamp_(max=old.numel() - 1)
             stays = old[place] == new
             # not an assignment through the mask: with one value that is a fill, which changes a NaN's bits
             results.append([torch.where(stays, c[place], torch.zeros_like(c[:1])) for c in columns])

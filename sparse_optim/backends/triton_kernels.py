@@ -88,7 +88,24 @@ def why_not(device: torch.device | None) -> str:
         return (
             "" if found else "it needs a CUDA, ROCm or XPU device, or TRITON_INTERPRET=1 for tests on a CPU"
         )
-    return "" if device.type in ("cuda", "xpu") else f"it needs a CUDA, ROCm or XPU tensor, got {device.type}"
+    if device.type not in ("cuda", "xpu"):
+        return f"it needs a CUDA, ROCm or XPU tensor, got {device.type}"
+    return _lacking(device)
+
+
+@functools.cache
+def _lacking(device: torch.device) -> str:
+    """What keeps Triton from compiling for a GPU."""
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (7, 0):
+            return f"it needs a GPU of compute capability 7.0 or higher, got {capability[0]}.{capability[1]}"
+    try:
+        # the first launch compiles a small piece of C
+        _ = triton.runtime.driver.active.utils
+    except Exception as error:  # whatever a missing compiler, driver or header raises
+        return f"Triton does not start ({type(error).__name__}: {error})"
+    return ""
 
 
 # --- tables -----------------------------------------------------------------------------------------------
@@ -103,16 +120,19 @@ class _Table:
         self, device: torch.device, stream: int, columns: _Columns, lengths: tuple[int, ...], tile: int
     ) -> None:
         count = len(lengths)
-        tiles = (torch.tensor(lengths) + tile - 1) // tile
+        _refuse_capture(device)
+        # whatever the default device is, numbers are put together on the host
+        numels = torch.tensor(lengths, device="cpu")
+        tiles = (numels + tile - 1) // tile
         self.device = device
         self.programs = int(tiles.sum())
         self.tiles = tiles.tolist()
-        rows = torch.zeros(count, _COLUMNS.value, dtype=torch.int64)
+        rows = torch.zeros(count, _COLUMNS.value, dtype=torch.int64, device="cpu")
         # of a tensor that is not sharded
-        rows[:, _INNER.value] = rows[:, _STRIDE.value] = torch.tensor(lengths).clamp(min=1)
+        rows[:, _INNER.value] = rows[:, _STRIDE.value] = numels.clamp(min=1)
         for column, values in columns:
-            rows[:, column] = torch.tensor(values)
-        rows[:, _NUMEL.value] = torch.tensor(lengths)
+            rows[:, column] = _int64(values)
+        rows[:, _NUMEL.value] = numels
         rows[:, _FIRST_TILE.value] = tiles.cumsum(0) - tiles
         addresses = rows[:, : _NONFINITE.value]
         offset, inner, stride = (rows[:, column] % 1024 == 0 for column in (10, 11, 12))
@@ -129,7 +149,8 @@ class _Table:
         """The addresses of this step's gradients, on the device."""
         addresses = tuple(map(Tensor.data_ptr, grads))
         if addresses != self._last:
-            self._gradients.copy_(_pinned(torch.tensor(addresses), self.device), non_blocking=True)
+            _refuse_capture(self.device)
+            self._gradients.copy_(_pinned(_int64(addresses), self.device), non_blocking=True)
             self._last = addresses
         return self._gradients
 
@@ -137,8 +158,23 @@ class _Table:
         """Room for the numbers of every tensor's update: float64 [tensors, 7]."""
         if self._numbers is None:
             shape = (len(self.tiles), _NUMBERS.value)
-            self._numbers = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            with torch.inference_mode(False):
+                self._numbers = torch.zeros(shape, dtype=torch.float64, device=self.device)
         return self._numbers
+
+
+def _int64(values: Sequence[int]) -> Tensor:
+    """Numbers on the host. Addresses of some devices are above 2**63, and keep their bits."""
+    return torch.tensor([v - (1 << 64) if v >> 63 > 0 else v for v in values], device="cpu")
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """What a graph captures is replayed when the host's numbers, and the memory they lay in, are gone."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step that copies addresses to the device cannot be captured in a graph, got a stream that "
+            "captures; step outside the capture."
+        )
 
 
 def _pinned(host: Tensor, device: torch.device) -> Tensor:
@@ -155,8 +191,8 @@ def _owners(device: torch.device, stream: int, tiles: tuple[int, ...]) -> Tensor
     lengths.
     """
     del stream
-    owners = torch.repeat_interleave(torch.arange(len(tiles), dtype=torch.int32), torch.tensor(tiles))
-    return _to_device(owners, device)
+    tensors = torch.arange(len(tiles), dtype=torch.int32, device="cpu")
+    return _to_device(tensors.repeat_interleave(_int64(tiles)), device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -164,7 +200,9 @@ def _remembered_table(
     device: torch.device, stream: int, columns: _Columns, lengths: tuple[int, ...], tile: int
 ) -> _Table:
     # of one stream: kernels of another may still read the rows while this one writes addresses
-    return _Table(device, stream, columns, lengths, tile)
+    # made in inference mode, it could not be written to outside
+    with torch.inference_mode(False):
+        return _Table(device, stream, columns, lengths, tile)
 
 
 def _table(
@@ -173,7 +211,11 @@ def _table(
     lengths: Sequence[int],
     tile: int = TILE,
 ) -> _Table:
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = 0
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+    elif device.type == "xpu":
+        stream = torch.xpu.current_stream(device).sycl_queue
     return _remembered_table(device, stream, _as_numbers(columns), tuple(lengths), tile)
 
 
@@ -224,6 +266,8 @@ class _Flat:
         self._copies: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, tensors: Sequence[Tensor], *, written: bool = True) -> list[Tensor]:
+        if not written and any(map(Tensor.is_neg, tensors)):
+            tensors = [t.resolve_neg() for t in tensors]
         if all(map(Tensor.is_contiguous, tensors)):
             return list(tensors)
         flat = [t if t.is_contiguous() else t.contiguous() for t in tensors]
@@ -374,6 +418,9 @@ def _stored(value, dtype: tl.constexpr):
         nearest = tl.where(value == value, nearest, (raw >> 16) | 0x40)
         result = nearest.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
+        # from float64 through float32, as torch does
+        if value.dtype == tl.float64 and dtype.primitive_bitwidth == 16:
+            value = value.to(tl.float32)
         result = value.to(dtype)
     return result
 
@@ -390,9 +437,9 @@ def _square_root(x):
 
 @triton.jit
 def _power(base, exponent):
-    """base ** exponent in float64, for whole exponents below 2**24: the very steps of `power` below."""
+    """base ** exponent in float64, for whole exponents below 2**31: the very steps of `power` below."""
     result = tl.zeros_like(exponent).to(tl.float64) + 1.0
-    for bit in tl.static_range(24):
+    for bit in tl.static_range(31):
         result = tl.where((exponent >> bit) & 1 != 0, result * base, result)
         base = base * base
     return result
@@ -401,7 +448,7 @@ def _power(base, exponent):
 def power(base: float, exponent: int) -> float:
     """base ** exponent by squaring, in the order in which kernels do it, so that both round alike."""
     result = 1.0
-    for bit in range(24):
+    for bit in range(31):
         result = result * base if exponent >> bit & 1 else result
         base = base * base
     return result
@@ -686,7 +733,7 @@ def _clock_kernel(
         tl.store(numbers_ptr + 6, tl.sqrt(1 - _power(beta2, exponent)))
 
 
-_ONE = torch.ones(())
+_ONE = torch.ones((), device="cpu")
 
 
 class _Clock:
@@ -710,7 +757,8 @@ class _Clock:
         self.skipped = False
         self._eps, self._weight_decay = eps, weight_decay
         tensors = any(isinstance(x, Tensor) for x in (lr, beta1, beta2))
-        self.on_device = steps[0].device == device and (device.type != "cpu" or tensors)
+        here = set(map(_DEVICE, steps))
+        self.on_device = here == {device} and (device.type != "cpu" or tensors)
         self._steps, self.found_inf = steps, found_inf
         self._hyper: tuple[float | Tensor, ...] = (lr, beta1, beta2)
         if self.on_device:
@@ -721,7 +769,10 @@ class _Clock:
             return
         self._hyper = tuple(x.item() if isinstance(x, Tensor) else x for x in (lr, beta1, beta2))
         # a tensor and not a number, which would be made into a tensor anew for every step
-        torch._foreach_add_(list(steps), _ONE, alpha=1.0)
+        if here == {_ONE.device} and steps[0].is_floating_point():
+            torch._foreach_add_(list(steps), _ONE, alpha=1.0)
+        else:
+            torch._foreach_add_(list(steps), 1)
         self._counts = list(map(Tensor.item, steps))
 
     def _numbers_of(self, count: float, with_ages: bool) -> tuple[float, ...]:
@@ -740,11 +791,13 @@ class _Clock:
         none = (0.0,) * _NUMBERS.value
         if self.on_device:
             lr, beta1, beta2 = self._hyper
-            pointers = [x if isinstance(x, Tensor) else None for x in (lr, beta1, beta2)]
+            pointers = [
+                _scalar(x, table.device) if isinstance(x, Tensor) else None for x in (lr, beta1, beta2)
+            ]
             values = [0.0 if isinstance(x, Tensor) else x for x in (lr, beta1, beta2)]
             step = _TL[self._steps[places[0]].dtype]
             _clock_kernel[(len(places),)](
-                table.rows, table.numbers(), self.found_inf, *pointers, *values,
+                table.rows, table.numbers(), _scalar(self.found_inf, table.device), *pointers, *values,
                 self._eps, self._weight_decay, step, with_ages, num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
             return none, table.numbers()
@@ -752,7 +805,8 @@ class _Clock:
         if not as_table and counts.count(counts[0]) == len(counts):
             return self._numbers_of(counts[0], with_ages), None
         known = {count: self._numbers_of(count, with_ages) for count in set(counts)}
-        host = torch.tensor([known[count] for count in counts], dtype=torch.float64)
+        host = torch.tensor([known[count] for count in counts], dtype=torch.float64, device="cpu")
+        _refuse_capture(table.device)
         return none, table.numbers().copy_(_pinned(host, table.device), non_blocking=True)
 
 
@@ -771,6 +825,11 @@ def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
 def _of(column: Tensor, places: list[int], device: torch.device) -> Tensor:
     """What a launch needs of a column with one number per tensor."""
     return (column if len(places) == len(column) else column[places]).to(device).contiguous()
+
+
+def _ranked(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Scores as they are ranked: bfloat16 as it is, anything else as float32."""
+    return [s if s.dtype in (torch.float32, torch.bfloat16) else s.to(torch.float32) for s in scores]
 
 
 def _stacked(scales: Sequence[Tensor] | None, places: list[int], device: torch.device) -> Tensor | None:
@@ -820,8 +879,8 @@ def adamw_(
         mask = _ONE_WORD if seeded.one_word else _SEEDED
     elif scores is not None:
         mask = _SCORES
-    masks = bits if bits is not None else scores if scores is not None else ()
-    for places in _groups(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masks, statistics):
+    masks = bits if bits is not None else _ranked(scores) if scores is not None else ()
+    for places in _groups(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masks, statistics, steps):
         flat = _Flat()
         group = flat(_pick(params, places))
         group_grads = flat(_pick(grads, places), written=False)
@@ -983,22 +1042,22 @@ def adamw_indexed_(
 ) -> None:
     """See reference.adamw_indexed_. Launches as `adamw_`."""
     del differentiable
-    for places in _groups(params, grads, indices):
+    for places in _groups(params, grads, indices, steps):
         flat = _Flat()
         group, group_steps = flat(_pick(params, places)), _pick(steps, places)
         group_grads, device = flat(_pick(grads, places), written=False), group[0].device
-        lists = _pick(indices, places)
+        lists = flat(_pick(indices, places), written=False)
         clock = _Clock(group_steps, device, found_inf, lr, beta1, beta2, eps, weight_decay)
         if clock.skipped:
             continue
         columns: dict[tl.constexpr, Any] = {
             _PARAM: group,
-            _EXP_AVG: _pick(exp_avgs, places),
-            _EXP_AVG_SQ: _pick(exp_avg_sqs, places),
-            _MAX_EXP_AVG_SQ: _pick(max_exp_avg_sqs, places),
+            _EXP_AVG: flat(_pick(exp_avgs, places)),
+            _EXP_AVG_SQ: flat(_pick(exp_avg_sqs, places)),
+            _MAX_EXP_AVG_SQ: flat(_pick(max_exp_avg_sqs, places)),
             _INDICES: lists,
-            _MASTER: _pick(masters, places),
-            _AGE: _pick(ages, places),
+            _MASTER: flat(_pick(masters, places)),
+            _AGE: flat(_pick(ages, places)),
             _STEP: group_steps if clock.on_device else (),
         }
         double = group[0].dtype == torch.float64
@@ -1109,6 +1168,8 @@ def _histogram_kernel(
             # a shift by all bits has no meaning; then there is no prefix yet
             if SHIFT + WIDTH < BITS:
                 counted = counted & ((key >> (SHIFT + WIDTH)) == prefix.to(tl.uint32))
+            else:
+                counted = counted & (prefix == 0)
             bins = ((key >> SHIFT) & (BINS - 1)).to(tl.int32)
         else:
             index = _global_index(
@@ -1291,6 +1352,7 @@ def histogram(
     geometries: Sequence[Geometry] | None = None,
 ) -> Tensor:
     """See reference.histogram. One launch per device."""
+    scores = _ranked(scores)
     device = scores[0].device if scores else torch.device("cpu")
     counts = torch.zeros(len(scores) if per_tensor else 1, 1 << width, dtype=torch.int64, device=device)
     for places in _groups(scores):
@@ -1398,6 +1460,7 @@ def compact(
     geometries: Sequence[Geometry] | None = None,
 ) -> list[Tensor]:
     """See reference.compact. One launch per device for bits; two for lists, and one read of their lengths."""
+    scores = _ranked(scores)
     results: list[Tensor] = [torch.empty(0)] * len(scores)
     for places in _groups(scores):
         group = _Flat()(_pick(scores, places), written=False)
@@ -1416,7 +1479,7 @@ def compact(
                 counts = torch.empty(table.programs, dtype=torch.int32, device=device)
                 launch(counts=counts)
                 ends = counts.cumsum(0)
-                last_tiles = _to_device(torch.tensor(table.tiles).cumsum(0), device)
+                last_tiles = _to_device(_int64(table.tiles).cumsum(0), device)
                 list_ends = torch.cat([ends.new_zeros(1), ends])[last_tiles].tolist()
                 dtype = index_dtype(max(lengths))
                 found = [
@@ -1467,6 +1530,9 @@ def remap_(
     olds: Sequence[Tensor], news: Sequence[Tensor], states: Sequence[Sequence[Tensor]]
 ) -> list[list[Tensor]]:
     """See reference.remap_. One launch per device, dtype of the lists and size of a state's entries."""
+    flat = _Flat()
+    olds, news = flat(olds, written=False), flat(news, written=False)
+    states = [flat(columns, written=False) for columns in states]
     results = [
         [torch.empty(new.numel(), dtype=state.dtype, device=state.device) for state in columns]
         for new, columns in zip(news, states, strict=True)
@@ -1515,7 +1581,8 @@ def _gather_kernel(
 def gather_(buffers: Sequence[Tensor], tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
     """See reference.gather_. One launch per device and combination of dtypes."""
     for places in _groups(buffers, tensors, indices):
-        flat, lists = _Flat(), _pick(indices, places)
+        flat = _Flat()
+        lists = flat(_pick(indices, places), written=False)
         group, sources = flat(_pick(buffers, places)), flat(_pick(tensors, places), written=False)
         device = group[0].device
         with _on(device):
@@ -1618,7 +1685,8 @@ def norm(
     if seeded is not None:
         mask = _ONE_WORD if seeded.one_word else _SEEDED
     for places in _groups(grads, masks):
-        group, chosen = _Flat()(_pick(grads, places), written=False), _pick(masks, places)
+        flat = _Flat()
+        group, chosen = (flat(_pick(c, places), written=False) for c in (grads, masks))
         device, key = group[0].device, None if seeded is None else seeded.keys
         columns: dict[tl.constexpr, Any] = {_MASK: chosen} | _places_columns(places, geometries, key=key)
         lengths = [t.numel() for t in (group if indices is None else chosen)]
@@ -1667,7 +1735,8 @@ def apply_delta_(
 ) -> None:
     """See reference.apply_delta_. One launch per device and combination of dtypes."""
     for places in _groups(params, indices):
-        flat, lists = _Flat(), _pick(indices, places)
+        flat = _Flat()
+        lists = flat(_pick(indices, places), written=False)
         group, sources = flat(_pick(params, places)), flat(_pick(values, places), written=False)
         device = group[0].device
         # only an addition needs to know what the bits mean
