@@ -252,7 +252,7 @@ class MaskedAdamW(SurvivingOptimizer):
         Args:
             closure: reevaluates the model and returns the loss, which `step` then returns.
         """
-        # refuses a graph that captures a step which counts on the host; older versions of torch have the second name
+        # refuses a graph that captures a step which counts on the host; the name depends on torch's version
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
         loss = None
