@@ -35,7 +35,15 @@ SOURCES = ["csrc/ops.cpp", "csrc/cpu/adamw_cpu.cpp", "csrc/cpu/select_cpu.cpp", 
 HEADERS = ["csrc/host_device.h", "csrc/philox.h", "csrc/adamw.h", "csrc/verbs.h"]
 HEADERS += ["csrc/cpu/kernels.h", "csrc/cpu/kernels_body.h"]
 # contracting a * b + c into one rounding would make scores, and so masks, differ between backends
-COMPILE_FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMPILE_FLAGS = [
+    "-O3",
+    "-g0",
+    "-ffile-prefix-map=" + os.getcwd() + "=.",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+]
 # no loop with a square root or a choice is vectorised otherwise; neither changes a value
 COMPILE_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 # torch's own headers are compiled as part of ours

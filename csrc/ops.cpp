@@ -151,15 +151,33 @@ class Arrays {
     }
     Array write(const char* name, const Tensor& tensor) {
         check_cpu(name, tensor);
-        return {writable(tensor), floating(name, tensor)};
+        return {writable(name, tensor), floating(name, tensor)};
     }
     const void* read_raw(const char* name, const Tensor& tensor) {
         check_cpu(name, tensor);
         return contiguous(tensor).const_data_ptr();
     }
+    const void* read_indices(const Tensor& tensor) {
+        const void* const data = read_raw("indices", tensor);
+        note(data, tensor, true);
+        return data;
+    }
     void* write_raw(const char* name, const Tensor& tensor) {
         check_cpu(name, tensor);
-        return writable(tensor);
+        return writable(name, tensor);
+    }
+    // An index is checked, then used: what is written in between must not be an index.
+    void check_indices_apart() {
+        std::sort(extents_.begin(), extents_.end(),
+                  [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+        uintptr_t end_of_indices = 0, end_of_written = 0;
+        for (const Extent& extent : extents_) {
+            STD_TORCH_CHECK(extent.begin >= (extent.indices ? end_of_written : end_of_indices),
+                            "indices must not share memory with a tensor that is written, got an overlap; "
+                            "clone them.");
+            uintptr_t& end = extent.indices ? end_of_indices : end_of_written;
+            end = std::max(end, extent.end);
+        }
     }
     void finish() {
         for (auto& [original, copy] : written_) {
@@ -168,15 +186,33 @@ class Arrays {
     }
 
   private:
+    struct Extent {
+        uintptr_t begin, end;
+        bool indices;
+    };
+
+    void note(const void* data, const Tensor& tensor, bool indices) {
+        const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+        if (tensor.numel() != 0) {
+            extents_.push_back({begin, begin + tensor.numel() * tensor.element_size(), indices});
+        }
+    }
     const Tensor& contiguous(const Tensor& tensor) {
         if (tensor.is_contiguous()) {
             return tensor;
         }
         return copies_.emplace_back(torch::stable::contiguous(tensor));
     }
-    void* writable(const Tensor& tensor) {
+    void* writable(const char* name, const Tensor& tensor) {
         if (tensor.is_contiguous()) {
-            return tensor.mutable_data_ptr();
+            void* const data = tensor.mutable_data_ptr();
+            note(data, tensor, false);
+            return data;
+        }
+        for (int64_t i = 0; i < tensor.dim(); ++i) {
+            STD_TORCH_CHECK(tensor.stride(i) != 0 || tensor.size(i) < 2, name,
+                            " must not be an expanded tensor, got one of ", tensor.numel(),
+                            " entries; clone it.");
         }
         written_.emplace_back(tensor, torch::stable::contiguous(tensor));
         return written_.back().second.mutable_data_ptr();
@@ -184,6 +220,7 @@ class Arrays {
 
     Tensors copies_;
     std::vector<std::pair<Tensor, Tensor>> written_;
+    std::vector<Extent> extents_;
 };
 
 // Numbers in 0-dim tensors.
@@ -252,6 +289,13 @@ Geometry geometry_of(const Numbers& geometries, size_t i, int64_t numel) {
     STD_TORCH_CHECK(geometry.offset >= 0 && geometry.inner >= 1 && geometry.stride >= 1,
                     "geometries must have offset >= 0, inner >= 1 and stride >= 1, got ", geometry.offset,
                     ", ", geometry.inner, " and ", geometry.stride, "; see reference.whole.");
+    // as if the last row were as long as the tensor, which refuses nothing that exists
+    const int64_t largest = std::numeric_limits<int64_t>::max();
+    const int64_t rows = std::max<int64_t>(numel - 1, 0) / geometry.inner;
+    STD_TORCH_CHECK(numel <= largest - geometry.offset &&
+                        (rows == 0 || geometry.stride <= (largest - geometry.offset - numel) / rows),
+                    "geometries must give indices below 2**63, got ", geometry.offset, ", ", geometry.inner,
+                    " and ", geometry.stride, " for ", numel, " entries; see reference.whole.");
     return geometry;
 }
 
@@ -268,7 +312,7 @@ IndexArray indices_of(Arrays& arrays, const Tensor& indices, int64_t numel) {
     }
     STD_TORCH_CHECK(indices.dim() == 1, "indices must have one dimension, got ", indices.dim(),
                     "; list flat indices.");
-    const void* const data = arrays.read_raw("indices", indices);
+    const void* const data = arrays.read_indices(indices);
     const int64_t count = indices.numel();
     if (count != 0) {
         // the ends of an ascending list; the rest is checked where it is used
@@ -541,6 +585,7 @@ void adamw_indexed_(Tensors params, Tensors grads, Tensors indices, Tensors exp_
         call.blocks.add(listed);
         call.tensors.push_back(tensor);
     }
+    arrays.check_indices_apart();
     for (size_t i = 0; i < count; ++i) {
         call.tensors[i].step = count_up(steps[i]);
     }
@@ -598,7 +643,7 @@ Tensor histogram(Tensors scores, int64_t shift, int64_t width, Tensor prefixes, 
     const size_t count = scores.size();
     STD_TORCH_CHECK(width >= 0 && width <= 11, "width must be in [0, 11], got ", width,
                     "; count in several rounds.");
-    STD_TORCH_CHECK(shift >= 0 && shift + width <= 63, "shift must be in [0, 63 - width], got ", shift,
+    STD_TORCH_CHECK(shift >= 0 && shift <= 63 - width, "shift must be in [0, 63 - width], got ", shift,
                     "; keys have 32 bits and indices at most 63.");
     check_geometries(geometries, count);
     const Numbers all_prefixes = integers_in("prefixes", prefixes, count);
@@ -682,6 +727,7 @@ void gather_(Tensors buffers, Tensors tensors, Tensors indices) {
         call.blocks.add(tensor.indices.count);
         call.tensors.push_back(tensor);
     }
+    arrays.check_indices_apart();
     cpu::gather(call);
     arrays.finish();
     check_indices_were_inside(call.bad_index);
@@ -740,6 +786,7 @@ void apply_delta_(Tensors params, Tensors indices, Tensors values, std::string m
         call.blocks.add(tensor.indices.count);
         call.tensors.push_back(tensor);
     }
+    arrays.check_indices_apart();
     cpu::apply_delta(call);
     arrays.finish();
     check_indices_were_inside(call.bad_index);

@@ -7,6 +7,8 @@ the published known answers of Philox-4x32-10. The C++ header and the reference 
 
 from __future__ import annotations
 
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -478,6 +480,7 @@ BAD_DENSE = {
     "too few largest": ({"max_exp_avg_sqs": TWO[:1]}, "max_exp_avg_sqs must have one item per tensor"),
     "too few steps": ({"steps": []}, "steps must have one item per tensor, got 0"),
     "long step": ({"steps": [torch.zeros(2), torch.zeros(())]}, "steps must have 1 entries, got 2"),
+    "expanded": ({"exp_avgs": [TWO[0], torch.ones(3, 1).expand(3, 40)]}, "exp_avgs must not be an expanded"),
     "integer step": ({"steps": [torch.tensor(0), torch.tensor(0)]}, "steps must be float64, float32"),
     "integer parameter": ({"params": [torch.ones(4).int(), TWO[1]]}, "params must be float64, float32"),
     "complex gradient": ({"grads": [torch.ones(4) * 1j, TWO[1]]}, "grads must be float64, float32"),
@@ -496,6 +499,7 @@ BAD_DENSE = {
     "threshold": ({"seeded": reference.Draws(1, 2, 2**32 + 1, [4, 5])}, "seeded.threshold must be in"),
     "draw": ({"rounding": reference.Draws(1, 2**32, 3, [4, 5])}, "rounding.draw must be in"),
     "one geometry": ({"geometries": [(0, 4, 4)]}, "geometries must have three numbers per tensor, got 3"),
+    "far out": ({"geometries": [(2**62, 1, 2**62), (0, 1, 1)]}, r"must give indices below 2\*\*63"),
     "no width": ({"geometries": [(0, 0, 4), (0, 1, 1)]}, "geometries must have .* got 0, 0 and 4"),
     "unselected": ({"unselected": "thawed"}, "unselected must be 'frozen', 'zero_grad' or 'track', got"),
     "kind": ({"kind": "cubes"}, "kind must be 'squares', 'signed' or 'absolute', got 'cubes'"),
@@ -550,6 +554,22 @@ BAD_INDEXED = {
 def test_bad_compact_arguments_are_refused(native, changes, message):
     with pytest.raises(RuntimeError, match=message):
         native.adamw_indexed_(**indexed(**changes))
+
+
+def test_indices_that_an_update_would_overwrite_are_refused(native):
+    numbers = torch.tensor([1, 8], dtype=torch.int32)
+    overwritten = [numbers.view(torch.float32)]
+    message = "indices must not share memory with a tensor that is written"
+    for name in ("exp_avgs", "exp_avg_sqs"):
+        with pytest.raises(RuntimeError, match=message):
+            native.adamw_indexed_(**indexed(indices=[numbers], **{name: overwritten}))
+    with pytest.raises(RuntimeError, match=message):
+        native.adamw_indexed_(**indexed(indices=[numbers], ages=[numbers]))
+    with pytest.raises(RuntimeError, match=message):
+        native.gather_(overwritten, [torch.ones(9)], [numbers])
+    with pytest.raises(RuntimeError, match=message):
+        native.apply_delta_(overwritten, [numbers[:1]], [torch.ones(1)])
+    assert numbers.tolist() == [1, 8]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -622,3 +642,307 @@ BAD_OTHERS = {
 def test_other_verbs_refuse_what_they_cannot_mean(native, call, message):
     with pytest.raises(RuntimeError, match=message):
         call(native)
+
+
+# --- any arguments -----------------------------------------------------------------------------------------
+
+CALLS = 1300  # for each of 16 seeds: 20,800
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OTHERS = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64]
+OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SIZES = [0, 1, 1, 2, 5, 31, 32, 33, 64, 65, 127, 128, 129, 300, 1023, 1024, 1025, 2100]
+EXTREMES = [0, 1, -1, 7, 64, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**62, 2**63 - 1, -(2**63)]
+NUMBERS = [0.0, 1.0, -1.0, 1e-300, 1e300, float("nan"), float("inf"), float("-inf"), None, "much", 10**400]
+WRITTEN = {
+    "params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "statistics", "nonfinite", "masters",
+    "ages", "buffers", "first_counts",
+}  # fmt: skip
+
+
+class Arguments:
+    """Random arguments of one call. All tensors lie in one storage of random bytes, with gaps, or each ends
+    where its own storage does.
+    """
+
+    def __init__(self, choose: random.Random, noise: torch.Tensor) -> None:
+        self.choose, self.noise = choose, noise
+        self.together = choose.random() < 0.6
+        self.room, self.used = noise.clone() if self.together else noise[:0], 0
+
+    def tensor(self, dtype, shape):
+        numel, step = math.prod(shape), self.choose.choice([1, 1, 1, 2, 3])
+        strides = [step * math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        if len(shape) == 2 and self.choose.random() < 0.3:
+            strides = [step, step * shape[0]]
+        entries = max(numel - 1, 0) * step + min(numel, 1)
+        offset = -(-self.used // dtype.itemsize) + self.choose.choice([0, 1, 3, 16])
+        end = (offset + entries) * dtype.itemsize
+        if self.together and end + 4096 <= self.room.numel():
+            room, self.used = self.room, end
+        else:
+            offset = self.choose.choice([0, 1, 3])
+            room = self.noise[: (offset + entries) * dtype.itemsize].clone()
+        made = torch.empty(0, dtype=dtype).set_(room.untyped_storage(), offset, shape, strides)
+        return made.zero_() if dtype == torch.bool else made
+
+    def tensors(self, dtypes, shapes):
+        return [self.tensor(self.choose.choice(dtypes), shape) for shape in shapes]
+
+    def filled(self, dtype, values):
+        made = self.tensor(dtype, (len(values),))
+        made.copy_(torch.tensor(values, dtype=dtype))
+        return made
+
+    def shape(self):
+        numel = self.choose.choice(SIZES)
+        rows = self.choose.choice([1, 2, 3, 5])
+        return self.choose.choice(
+            [(numel,), (rows, numel // rows), (1, numel, 1), () if numel == 1 else (2, 3)]
+        )
+
+    def shapes(self):
+        return [self.shape() for _ in range(self.choose.choice([0, 1, 1, 1, 2, 3]))]
+
+    def maybe(self, made, chance=0.4):
+        return made if self.choose.random() < chance else None
+
+    def geometries(self, shapes):
+        rows = []
+        for shape in shapes:
+            inner = self.choose.choice([1, 2, 13, 100, 1500, max(math.prod(shape), 1)])
+            offset = self.choose.choice([0, 1, 77, 1023, 1024, 2**32 + 5, 2**50])
+            rows.append((offset, inner, inner + self.choose.choice([0, 1, 1000, 2**40])))
+        return self.maybe(rows)
+
+    def draws(self, shapes):
+        threshold = self.choose.choice([0, 1, 2**30, 2**31, 2**32 - 1, 2**32])
+        keys = [self.choose.randrange(2**32) for _ in shapes]
+        seed, draw = self.choose.randrange(2**64), self.choose.randrange(2**32)
+        return reference.Draws(seed, draw, threshold, keys, self.choose.random() < 0.2)
+
+    def cuts(self, shapes):
+        keys = [self.choose.choice([*EXTREMES, self.choose.randrange(2**32)]) for _ in shapes]
+        ties = [self.choose.choice([*EXTREMES, self.choose.randrange(3000)]) for _ in shapes]
+        return reference.Cuts(self.filled(torch.int64, keys), self.filled(torch.int64, ties))
+
+    def bits(self, shapes):
+        return self.tensors([torch.uint8], [((math.prod(s) + 31) // 32 * 4,) for s in shapes])
+
+    def indices(self, shapes):
+        lists = []
+        for shape in shapes:
+            numel = math.prod(shape)
+            count = self.choose.choice([0, 1, numel // 50, numel // 3, numel])
+            listed = sorted(self.choose.sample(range(numel), min(count, numel)))
+            lists.append(self.filled(self.choose.choice([torch.int32, torch.int64]), listed))
+        return lists
+
+    def adamw_(self):
+        shapes = self.shapes()
+        given = {
+            name: self.tensors(FLOATS, shapes) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")
+        }
+        given |= {"max_exp_avg_sqs": self.maybe(self.tensors(FLOATS, shapes)) or []}
+        given |= {"steps": self.tensors(FLOATS, [()] * len(shapes)), **HYPER, "rescale": 2.0}
+        given |= {"geometries": self.geometries(shapes), "rounding": self.maybe(self.draws(shapes))}
+        match self.choose.randrange(4):
+            case 0:
+                given |= {"bits": self.bits(shapes)}
+            case 1:
+                given |= {"seeded": self.draws(shapes)}
+            case 2:
+                given |= {"scores": self.tensors(FLOATS, shapes), "cuts": self.cuts(shapes)}
+        if self.choose.random() < 0.4:
+            given |= {"statistics": self.tensors(FLOATS, shapes), "kind": "absolute"}
+            given |= {"nonfinite": self.tensors([torch.bool], [()] * len(shapes))}
+            given |= {"statistic_scales": self.maybe(self.tensors(FLOATS, [()] * len(shapes)))}
+        return given | {"unselected": self.choose.choice(["frozen", "zero_grad", "track"])}
+
+    def adamw_indexed_(self):
+        shapes = self.shapes()
+        indices, dtypes = self.indices(shapes), self.choose.choices(FLOATS, k=len(shapes))
+        listed = [index.shape for index in indices]
+        wide = [torch.float64 if dtype == torch.float64 else torch.float32 for dtype in dtypes]
+        given = {"params": [self.tensor(*what) for what in zip(dtypes, shapes, strict=True)]}
+        given |= {name: self.tensors(FLOATS, listed) for name in ("exp_avgs", "exp_avg_sqs")}
+        given |= {"max_exp_avg_sqs": self.maybe(self.tensors(FLOATS, listed)) or []}
+        given |= {
+            "masters": self.maybe([self.tensor(*what) for what in zip(wide, listed, strict=True)]) or []
+        }
+        given |= {"ages": self.maybe(self.tensors([torch.int32], listed)) or []}
+        for ages in given["ages"]:
+            ages.remainder_(50).sub_(3)
+            ages[:1] = self.choose.choice([2**31 - 1, -1, -(2**31)])
+        compact = self.choose.random() < 0.3
+        given |= {"compact_grads": compact, "grads": self.tensors(FLOATS, listed if compact else shapes)}
+        return given | {"indices": indices, "steps": self.tensors(FLOATS, [()] * len(shapes)), **HYPER}
+
+    def accumulate_(self):
+        shapes = self.shapes()
+        rows = self.choose.choice([1, len(shapes)])
+        return {
+            "statistics": self.tensors(FLOATS, shapes), "grads": self.tensors(FLOATS, shapes),
+            "nonfinite": self.tensors([torch.bool], [()] * len(shapes)),
+            "kind": self.choose.choice(["squares", "signed", "absolute"]),
+            "grad_scales": self.maybe(self.tensors(FLOATS, [()] * len(shapes))),
+            "first_counts": self.maybe(self.tensor(torch.int64, (rows, 2048))),
+            "absolute": self.choose.random() < 0.5,
+        }  # fmt: skip
+
+    def histogram(self):
+        shapes = self.shapes()
+        numbers = [*EXTREMES, self.choose.randrange(2**11)]
+        width = self.choose.choice([0, 1, 10, 11])
+        given = {"scores": self.tensors(FLOATS, shapes), "geometries": self.geometries(shapes)}
+        given |= {"width": width, "shift": self.choose.choice([0, 5, 10, 21, 32, 40, 63 - width])}
+        given["prefixes"] = self.filled(torch.int64, self.choose.choices(numbers, k=len(shapes)))
+        given["ties"] = self.maybe(self.filled(torch.int64, self.choose.choices(numbers, k=len(shapes))))
+        return given | {"per_tensor": self.choose.random() < 0.5, "absolute": self.choose.random() < 0.5}
+
+    def compact(self):
+        shapes = self.shapes()
+        given = {"scores": self.tensors(FLOATS, shapes), "cuts": self.cuts(shapes)}
+        given |= {"geometries": self.geometries(shapes), "as_bits": self.choose.random() < 0.5}
+        return given | {"absolute": self.choose.random() < 0.5}
+
+    def gather_(self):
+        shapes = self.shapes()
+        indices = self.indices(shapes)
+        buffers = self.tensors([torch.float32, torch.float64], [index.shape for index in indices])
+        return {"buffers": buffers, "tensors": self.tensors(FLOATS, shapes), "indices": indices}
+
+    def norm(self):
+        shapes = self.shapes()
+        given = {"grads": self.tensors(FLOATS, shapes), "geometries": self.geometries(shapes)}
+        masks = [
+            {"indices": self.indices(shapes)},
+            {"bits": self.bits(shapes)},
+            {"seeded": self.draws(shapes)},
+        ]
+        return given | self.choose.choice([{}, *masks])
+
+    def apply_delta_(self):
+        shapes = self.shapes()
+        indices, dtypes = self.indices(shapes), self.choose.choices(FLOATS, k=len(shapes))
+        return {
+            "params": [self.tensor(*what) for what in zip(dtypes, shapes, strict=True)],
+            "values": [self.tensor(dtype, index.shape) for dtype, index in zip(dtypes, indices, strict=True)],
+            "indices": indices, "mode": self.choose.choice(["replace", "add", "xor"]),
+        }  # fmt: skip
+
+    def spoil(self, given):
+        """One argument becomes another: of the wrong kind, or the memory of another one."""
+        name = self.choose.choice(list(given))
+        value, number = given[name], self.choose.choice(EXTREMES)
+        if isinstance(value, reference.Draws):
+            field = self.choose.choice(["draw", "threshold", "seed", "keys"])
+            changed = [number, *value.keys[1:]] if field == "keys" else number
+            given[name] = value._replace(**{field: changed})
+        elif isinstance(value, reference.Cuts):
+            given[name] = reference.Cuts(value.last_ties, self.another(given, value.keys))
+        elif isinstance(value, torch.Tensor):
+            given[name] = self.another(given, value)
+        elif isinstance(value, list) and (not value or self.choose.random() < 0.2):
+            given[name] = self.choose.choice([value[1:], [*value, *value], [None], [*value, torch.ones(3)]])
+        elif name == "geometries" and value and isinstance(value[-1], tuple):
+            value[-1] = tuple(self.choose.choice([old, old, number]) for old in value[-1])
+        elif isinstance(value, list):
+            place = self.choose.randrange(len(value))
+            listed = value[place]
+            if name == "indices" and self.choose.random() < 0.7 and self.is_list_of_indices(listed):
+                fits = number if -(2**31) <= number < 2**31 else listed.numel()
+                listed[self.choose.randrange(listed.numel())] = fits
+            else:
+                value[place] = self.another(given, listed)
+        elif isinstance(value, float):
+            given[name] = self.choose.choice(NUMBERS)
+        elif isinstance(value, str):
+            given[name] = self.choose.choice(["", value + "s", "signed", "track", None])
+        elif value is not None:
+            given[name] = self.choose.choice([number, 2**64, None, 0.5])
+
+    @staticmethod
+    def is_list_of_indices(tensor):
+        ints = (torch.int32, torch.int64)
+        return isinstance(tensor, torch.Tensor) and tensor.dim() == 1 and len(tensor) and tensor.dtype in ints
+
+    def another(self, given, tensor):
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        known = [t for value in given.values() if isinstance(value, list) for t in value]
+        known = [t for t in known if isinstance(t, torch.Tensor) and not t.is_meta] or [tensor]
+        other, size = self.choose.choice(known), tensor.dtype.itemsize
+        match self.choose.randrange(8):
+            case 0:
+                return self.tensor(self.choose.choice(FLOATS + OTHERS), tuple(tensor.shape))
+            case 1:
+                return tensor.to("meta")
+            case 2:
+                return self.tensor(tensor.dtype, (max(tensor.numel() + self.choose.choice([-1, 1]), 0),))
+            case 3:
+                return tensor.reshape(-1)[:1].expand(tensor.numel())
+            case 4:
+                return tensor.reshape(1, -1, 1)
+            case 5:
+                return self.choose.choice([None, 1.0, [tensor]])
+            case 6:
+                return other
+        # as many entries of the same dtype in the memory of another argument
+        first = -(-other.storage_offset() * other.dtype.itemsize // size) + self.choose.randrange(3)
+        last = other.untyped_storage().nbytes() // size - max(tensor.numel(), 1)
+        if last < 0:
+            return other
+        shape = tensor.shape
+        inside = torch.empty(0, dtype=tensor.dtype)
+        return inside.set_(other.untyped_storage(), min(first, last), shape, tensor.new_empty(shape).stride())
+
+    def may_change(self, given):
+        """A byte each for those of `room`: whether a written argument has it."""
+        marks = torch.zeros_like(self.room)
+        for name in WRITTEN & given.keys():
+            for tensor in given[name] if isinstance(given[name], list) else [given[name]]:
+                if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+                    continue
+                if tensor.untyped_storage().data_ptr() == self.room.data_ptr():
+                    sizes = [
+                        1 if stride == 0 else size
+                        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+                    ]
+                    mark = torch.empty(0, dtype=OF_SIZE[tensor.dtype.itemsize])
+                    offset = tensor.storage_offset()
+                    mark.set_(marks.untyped_storage(), offset, sizes, tensor.stride()).fill_(
+                        255 if mark.dtype == torch.uint8 else -1
+                    )
+        return marks
+
+
+VERBS = [
+    "accumulate_", "adamw_", "adamw_indexed_", "apply_delta_", "compact", "gather_", "histogram", "norm",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_any_arguments_end_in_a_result_or_an_exception_and_touch_nothing_else(native, seed):
+    choose = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 256, (1 << 18,), dtype=torch.uint8, generator=generator)
+    torch.set_num_threads(1 + seed % 2)
+    torch.ops.sparse_optim.use_vector_level(LEVELS()[seed // 2 % len(LEVELS())])
+    refused = 0
+    for call in range(CALLS):
+        arguments = Arguments(choose, noise)
+        verb = choose.choice(VERBS)
+        given = getattr(arguments, verb)()
+        spoiled = choose.choice([0, 0, 1, 1, 2])
+        for _ in range(spoiled):
+            arguments.spoil(given)
+        may_change, before = arguments.may_change(given), arguments.room.clone()
+        try:
+            getattr(native, verb)(**given)
+        except (ValueError, TypeError, RuntimeError, IndexError):
+            if not spoiled:
+                raise
+            refused += 1
+        changed = (arguments.room ^ before) & ~may_change
+        assert not changed.any(), f"call {call}, {verb}: wrote where no written argument lies"
+    assert CALLS / 5 < refused < CALLS / 2

@@ -12,13 +12,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparse_optim
+from sparse_optim.backends import why_not
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(sparse_optim.__file__).parent
@@ -60,6 +63,22 @@ def test_version_is_that_of_the_metadata():
 
 def test_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_the_report_names_versions_and_what_each_backend_works_on():
+    reported = run("-W", "error", "-m", "sparse_optim", cwd=ROOT, TRITON_INTERPRET="0")
+    assert (reported.returncode, reported.stderr) == (0, "")
+    facts = {line[:19].strip(): line[19:] for line in reported.stdout.splitlines()}
+    assert {"Python", "triton", "CUDA runtime", "GPUs", "triton backend"} <= facts.keys()
+    assert facts["sparse_optim"] == sparse_optim.__version__
+    assert facts["torch"] == torch.__version__
+    assert facts["reference backend"] == "works on cpu, cuda"
+    if native_lacks := why_not("native"):
+        assert facts["native backend"] == f"missing: {native_lacks}"
+        assert "vector level" not in facts
+    else:
+        assert facts["native backend"].startswith("works on cpu")
+        assert facts["vector level"] in torch.ops.sparse_optim.vector_levels().split(",")
 
 
 def compiler_works() -> bool:
@@ -112,7 +131,7 @@ def our_warnings(text: str) -> list[str]:
 
 @needs_compiler
 @pytest.mark.slow
-def test_native_library_builds_for_every_python_and_loads(project):
+def test_native_library_builds_for_every_python_loads_and_is_in_the_wheel(project):
     built = build_in_place(project, SPARSE_OPTIM_BUILD_EXT="1")
     assert built.returncode == 0, built.stderr
     assert our_warnings(built.stderr) == []
@@ -125,6 +144,18 @@ import sparse_optim._C
 """
     loaded = run("-c", program, cwd=project)
     assert loaded.stdout == "True\n", loaded.stderr
+    # what is compiled already is not compiled again
+    wheeled = run(
+        "setup.py", "-q", "bdist_wheel", "--dist-dir", "dist", cwd=project, SPARSE_OPTIM_BUILD_EXT="1"
+    )
+    assert wheeled.returncode == 0, wheeled.stderr
+    (wheel,) = (project / "dist").iterdir()
+    machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"sparse_optim-{sparse_optim.__version__}-cp310-abi3-{machine}.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
+    there = {path.relative_to(project).as_posix() for path in (project / "sparse_optim").rglob("*.py")}
+    assert shipped == there | {"sparse_optim/py.typed", "sparse_optim/_C.abi3.so"}
 
 
 def test_without_a_compiler_the_build_warns_once_and_goes_on(project):
@@ -206,7 +237,7 @@ MAY_IMPORT = {
     "planning": {"public"},
     "plots": {"public"},
     "cli": {"public", "planning", "plots", "deltas"},
-    "__main__": {"cli"},
+    "__main__": {"public", "backends"},
     "nn": {"public", "nn"},
     "integrations": {"public", "integrations"},
 }  # fmt: skip

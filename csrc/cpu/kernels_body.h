@@ -862,7 +862,7 @@ struct IndexedScratch {
 template <typename T>
 struct Cohorts {
     static constexpr int32_t kSlots = 64;
-    int32_t age[kSlots] = {};  // 0: none yet
+    int32_t age[kSlots] = {1};  // none yet: each slot starts with an age that belongs into another
     BiasCorrection<T> correction[kSlots];
 
     const BiasCorrection<T>& of(int32_t wanted, const Hyperparameters& h) {
@@ -933,7 +933,9 @@ void adamw_indexed_block(IndexedCall& call, IndexedTensor& tensor, const AdamwSc
                                  largest, nullptr);
     } else {
         for (int64_t i = 0; i < count; ++i) {
-            const BiasCorrection<T>& own = cohorts.of(++tensor.ages[start + i], call.hyper);
+            int32_t& age = tensor.ages[start + i];
+            age = static_cast<int32_t>(static_cast<uint32_t>(age) + 1);  // the largest wraps, as in torch
+            const BiasCorrection<T>& own = cohorts.of(age, call.hyper);
             scratch.step_sizes[i] = own.minus_step_size;
             scratch.square_corrections[i] = own.square_correction;
         }
@@ -1183,7 +1185,8 @@ void histogram_block(const HistogramCall& call, const HistogramTensor& tensor, i
         }
         return;
     }
-    const int low = low_bits(tensor.scores.dtype), shift = call.shift + low;
+    // a shift by 32 or more leaves nothing of a key, and one by 64 is undefined
+    const int low = low_bits(tensor.scores.dtype), shift = std::min(call.shift + low, 63);
     const int above = call.among_ties ? low : std::min(shift + call.width, 32);
     const int64_t wanted = call.among_ties ? tensor.tie : tensor.prefix;
     if (wanted < 0 || wanted >> (32 - above) != 0) {
