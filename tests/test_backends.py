@@ -986,6 +986,87 @@ def test_a_gradient_that_its_scale_makes_infinite_adds_zero_and_raises_the_flag(
     assert statistic.tolist() == [1.0, 1001.0, 1.0] and bool(flag)
 
 
+def dense_arguments(rng, dtype=F32):
+    """Parameters, gradients, moments and steps of a ragged list."""
+    shaped = [[normal(rng, layout.shape, dtype) for layout in LAYOUTS] for _ in range(3)]
+    squares = [normal(rng, layout.shape, dtype).square() for layout in LAYOUTS]
+    return shaped[0], shaped[1], shaped[2], squares, [], [torch.tensor(3.0) for _ in LAYOUTS]
+
+
+def copies(arguments):
+    return [[t.clone() for t in column] for column in arguments]
+
+
+@pytest.mark.parametrize(
+    "mask", [("everything", "frozen"), ("bits", "zero_grad"), ("seeded", "track")], ids=str
+)
+@pytest.mark.parametrize("scaled", named(unscaled=False, scaled=True))
+def test_a_step_that_observes_is_accumulate_and_then_the_update_bit_for_bit(backend, mask, scaled):
+    rng = np.random.default_rng(30)
+    form, unselected = mask
+    arguments = dense_arguments(rng, BF16)
+    arguments[1][5][::7] = float("nan")
+    selection, _ = make_selection(rng, form, [p.numel() for p in arguments[0]])
+    statistics = [normal(rng, layout.shape, F32).square() for layout in LAYOUTS]
+    flags = [torch.tensor(False) for _ in LAYOUTS]
+    scales = [torch.tensor(0.3 + i) for i in range(len(LAYOUTS))] if scaled else None
+    hyper = HYPER | {"weight_decay": 0.1, "grad_scale": torch.tensor(0.5)}
+    apart, apart_statistics, apart_flags = copies(arguments), *copies([statistics, flags])
+    backend.accumulate_(apart_statistics, apart[1], apart_flags, kind="squares", grad_scales=scales)
+    backend.adamw_(*apart, **hyper, **selection, unselected=unselected)
+    backend.adamw_(
+        *arguments, **hyper, **selection, unselected=unselected,
+        statistics=statistics, nonfinite=flags, kind="squares", statistic_scales=scales,
+    )  # fmt: skip
+    for together, alone in zip(
+        [*arguments, statistics, flags], [*apart, apart_statistics, apart_flags], strict=True
+    ):
+        for i, (a, b) in enumerate(zip(together, alone, strict=True)):
+            assert_same_bits(a, b, f"tensor {i}")
+    assert [bool(flag) for flag in flags] == [i == 5 for i in range(len(LAYOUTS))]
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_found_inf_leaves_everything_as_it_was(backend, lr):
+    rng = np.random.default_rng(31)
+    hyper = HYPER | {"lr": lr}
+    indices = make_indices(rng)
+    compact = [[normal(rng, (where.numel(),), F32).abs() for where in indices] for _ in range(2)]
+    for found in (1.0, 0.0):
+        dense = dense_arguments(rng)
+        listed = [dense[0], dense[1], indices, *compact, [], [], [], dense[5]]
+        for verb, arguments in ((backend.adamw_, dense), (backend.adamw_indexed_, listed)):
+            before = copies(arguments)
+            verb(*arguments, **hyper, found_inf=torch.tensor(found))
+            expected = copies(before)
+            if not found:
+                verb(*expected, **hyper)
+            for now, want in zip(arguments, expected, strict=True):
+                for i, (a, b) in enumerate(zip(now, want, strict=True)):
+                    assert_same_bits(a, b, f"tensor {i} with found_inf {found}")
+
+
+@pytest.mark.parametrize("dtype", named(float32=F32, bfloat16=BF16))
+@pytest.mark.parametrize("per_tensor", named(summed=False, per_tensor=True))
+@pytest.mark.parametrize("absolute", named(as_they_are=False, by_magnitude=True))
+def test_the_first_round_rides_on_the_last_accumulation(backend, dtype, per_tensor, absolute):
+    rng = np.random.default_rng(32)
+    statistics = [normal(rng, layout.shape, dtype) for layout in LAYOUTS]
+    grads = [normal(rng, layout.shape, F32) for layout in LAYOUTS]
+    flags = [torch.tensor(False) for _ in LAYOUTS]
+    apart = [s.clone() for s in statistics]
+    counts = torch.ones(len(LAYOUTS) if per_tensor else 1, 2048, dtype=torch.int64)
+    backend.accumulate_(statistics, grads, flags, kind="signed", first_counts=counts, absolute=absolute)
+    backend.accumulate_(apart, grads, flags, kind="signed")
+    expected = reference.histogram(
+        apart, shift=(16 if dtype == BF16 else 32) - 11, width=11, per_tensor=per_tensor, absolute=absolute,
+        prefixes=torch.zeros(len(LAYOUTS), dtype=torch.int64),
+    )  # fmt: skip
+    assert torch.equal(counts, expected + 1)
+    for a, b in zip(statistics, apart, strict=True):
+        assert_same_bits(a, b, "statistic")
+
+
 # --- the seeded rule --------------------------------------------------------------------------------------
 
 KNOWN_ANSWERS = named(
