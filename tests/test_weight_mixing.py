@@ -368,6 +368,7 @@ def test_a_model_in_evaluation_stays_in_evaluation():
     assert not any(module.training for module in linear.modules())
 
 
+@pytest.mark.usefixtures("torchs_own_bits")
 @pytest.mark.parametrize("fidelity", FIDELITIES)
 def test_nothing_is_mixed_when_everything_is_kept(fidelity):
     net, optimizer, handle = mixed(fidelity, density=1.0)

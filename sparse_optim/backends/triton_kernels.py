@@ -1168,8 +1168,6 @@ def _histogram_kernel(
             # a shift by all bits has no meaning; then there is no prefix yet
             if SHIFT + WIDTH < BITS:
                 counted = counted & ((key >> (SHIFT + WIDTH)) == prefix.to(tl.uint32))
-            else:
-                counted = counted & (prefix == 0)
             bins = ((key >> SHIFT) & (BINS - 1)).to(tl.int32)
         else:
             index = _global_index(
