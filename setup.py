@@ -32,7 +32,7 @@ BUILDING = not BUILD_COMMANDS.isdisjoint(sys.argv)
 # the oldest torch whose stable interface the library uses; one build serves this and every later version
 TORCH_TARGET = 0x020A000000000000
 SOURCES = ["csrc/ops.cpp", "csrc/cpu/adamw_cpu.cpp", "csrc/cpu/select_cpu.cpp", "csrc/cpu/kernels.cpp"]
-HEADERS = ["csrc/host_device.h", "csrc/philox.h", "csrc/adamw.h", "csrc/verbs.h"]
+HEADERS = ["csrc/host_device.h", "csrc/dtypes.h", "csrc/philox.h", "csrc/adamw.h", "csrc/verbs.h"]
 HEADERS += ["csrc/cpu/kernels.h", "csrc/cpu/kernels_body.h"]
 # contracting a * b + c into one rounding would make scores, and so masks, differ between backends
 COMPILE_FLAGS = [

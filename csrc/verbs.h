@@ -7,13 +7,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "dtypes.h"
+
 namespace sparse_optim {
-
-enum class Dtype : uint8_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
-
-inline int64_t bytes_of(Dtype dtype) {
-    return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
 
 struct Array {
     void* data = nullptr;

@@ -11,47 +11,10 @@
 namespace sparse_optim::cpu::SPARSE_OPTIM_LEVEL {
 namespace {
 
-constexpr uint32_t kInfinity = 0x7F800000;
 // from this many entries in a row on, drawing their whole tile is faster than a call for each
 constexpr int64_t kLongRun = 64;
 
 // dtypes
-
-inline float float_of_bfloat16(uint16_t bits) {
-    return std::bit_cast<float>(uint32_t{bits} << 16);
-}
-
-// to nearest, ties to even; every NaN becomes the usual one
-inline uint16_t bfloat16_of(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    return static_cast<uint16_t>((bits & ~(1u << 31)) > kInfinity ? 0x7FC0 : rounded);
-}
-
-// Without branches, so that loops vectorise: exponents move by exact multiplications, and a denormal goes
-// through the low bits of 0.5.
-inline float float_of_half(uint16_t half) {
-    const uint32_t wide = uint32_t{half} << 16;
-    const uint32_t sign = wide & 0x80000000;
-    const uint32_t twice = wide + wide;
-    const float normal = std::bit_cast<float>((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
-    const float denormal = std::bit_cast<float>((twice >> 17) | (126u << 23)) - 0.5f;
-    const uint32_t bits = std::bit_cast<uint32_t>(twice < 1u << 27 ? denormal : normal);
-    return std::bit_cast<float>(sign | bits);
-}
-
-inline uint16_t half_of(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    const uint32_t sign = bits & 0x80000000;
-    const uint32_t twice = bits + bits;
-    const float magnitude = std::bit_cast<float>(bits & 0x7FFFFFFF);
-    // overflows to infinity where half does, then comes back to where its bits can be read off
-    const float scaled = magnitude * 0x1.0p+112f * 0x1.0p-110f;
-    const uint32_t bias = std::max(twice & 0xFF000000, 0x71000000u);
-    const uint32_t shifted = std::bit_cast<uint32_t>(std::bit_cast<float>((bias >> 1) + 0x07800000) + scaled);
-    const uint32_t rounded = (shifted >> 13 & 0x7C00) + (shifted & 0x0FFF);
-    return static_cast<uint16_t>((sign >> 16) | (twice > 0xFF000000 ? 0x7E00 : rounded));
-}
 
 inline char* at(const Array& array, int64_t start) {
     return static_cast<char*>(array.data) + start * bytes_of(array.dtype);
@@ -341,23 +304,6 @@ void draw_entries(const Geometry& geometry, int64_t start, int64_t count, uint64
 
 // sort keys and masks
 
-// Orders as signed integers do, like the scores themselves. reference._sort_keys has the same order in
-// unsigned numbers: this with the highest bit flipped. There -0.0 counts as 0.0; here it is -1, which is
-// nothing else, and KeyRange and `bins_of` put it with 0.
-template <bool kMagnitude>
-inline int32_t sort_key(float score) {
-    const int32_t bits = std::bit_cast<int32_t>(score);
-    return kMagnitude ? bits & 0x7FFFFFFF : bits ^ (bits >> 31 & 0x7FFFFFFF);
-}
-
-inline float without_negative_zero(float score) {
-    return std::bit_cast<uint32_t>(score) == 0x80000000 ? 0.0f : score;
-}
-
-inline bool is_finite(float score) {
-    return (std::bit_cast<uint32_t>(score) & kInfinity) != kInfinity;
-}
-
 // Finite scores whose keys, unsigned, lie between two, inclusive: one comparison decides.
 struct KeyRange {
     int32_t low = 1, high = 0;
@@ -387,11 +333,6 @@ void in_range(const float* __restrict scores, int64_t count, KeyRange range, uin
     for (int64_t i = 0; i < count; ++i) {
         selected[i] = static_cast<uint32_t>(sort_key<kMagnitude>(scores[i])) - low <= span ? ~0u : 0;
     }
-}
-
-// The keys of bfloat16 are the high halves of those of float32.
-inline int low_bits(Dtype dtype) {
-    return dtype == Dtype::kBFloat16 ? 16 : 0;
 }
 
 template <bool kMagnitude>
@@ -624,15 +565,11 @@ void update_block(const AdamwScalars<T>& scalars, const BiasCorrection<T>& corre
     }
 }
 
-// Rounds to bfloat16 up or down: the low half of a word is added below the bits that stay, and the rest is
-// cut off. See reference.round_stochastically.
 void store_stochastically(const float* __restrict values, const uint32_t* __restrict words, int64_t count,
                           uint16_t* __restrict target, const uint32_t* __restrict selected) {
     for (int64_t i = 0; i < count; ++i) {
-        const uint32_t bits = std::bit_cast<uint32_t>(values[i]);
-        const uint32_t carried = (bits + (words[i] & 0xFFFF)) >> 16;
-        const uint32_t stored = is_finite(values[i]) ? carried : bfloat16_of(values[i]);
-        target[i] = selected == nullptr || selected[i] ? static_cast<uint16_t>(stored) : target[i];
+        const uint16_t stored = bfloat16_at_random(values[i], words[i]);
+        target[i] = selected == nullptr || selected[i] ? stored : target[i];
     }
 }
 
