@@ -1,10 +1,16 @@
-// The operators of the native library: their schemas, and the checks of what callers pass.
+// The operators of the native libraries: their schemas, and the checks of what callers pass.
+//
+// This file is compiled for each of them: for _C, which has the schemas and the CPU, and, where
+// SPARSE_OPTIM_CUDA is defined, for _cuda, which adds the GPU. With SPARSE_OPTIM_EMULATED the kernels of the
+// latter run on the CPU, and are operators of another name: that is how they are tested where there is no
+// GPU.
 //
 // Only torch's stable interface is included (TORCH_TARGET_VERSION makes anything else a compile error), so
 // that one binary serves every Python from 3.10 and every torch from 2.10 on. Loading the library registers
 // the operators; they are then called as torch.ops.sparse_optim.*.
 
 #include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,28 +21,52 @@
 #include <atomic>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "cpu/kernels.h"
 #include "philox.h"
 #include "verbs.h"
+#if !defined(SPARSE_OPTIM_CUDA)
+#include "cpu/kernels.h"
+#endif
+
+#if defined(SPARSE_OPTIM_CUDA) && !defined(SPARSE_OPTIM_EMULATED)
+// weak, because it is part of the CUDA builds of torch alone: without it the library still loads
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
 
 namespace sparse_optim {
 namespace {
+
+#if defined(SPARSE_OPTIM_CUDA)
+namespace backend = cuda;
+constexpr bool kOnHost = false;
+#else
+namespace backend = cpu;
+constexpr bool kOnHost = true;
+#endif
+#if defined(SPARSE_OPTIM_EMULATED)
+constexpr bool kOnGpu = false;
+#else
+constexpr bool kOnGpu = !kOnHost;
+#endif
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<int64_t>;
-
-// 0.17 ms of Philox calls on one x86-64 core: a thread that does fewer is hardly worth waking
-constexpr int64_t kCountersPerThread = 8192;
+using MaybeTensor = std::optional<Tensor>;
 
 bool fits_32_bits(int64_t value) {
     return value >= 0 && value <= std::numeric_limits<uint32_t>::max();
 }
+
+#if !defined(SPARSE_OPTIM_CUDA)
+
+// 0.17 ms of Philox calls on one x86-64 core: a thread that does fewer is hardly worth waking
+constexpr int64_t kCountersPerThread = 8192;
 
 // The random words of the entries start ... start + count - 1 of a tensor.
 //
@@ -82,6 +112,8 @@ Tensor philox_words(int64_t seed, int64_t draw, int64_t key, int64_t start, int6
     return words;
 }
 
+#endif
+
 // what arguments must be
 
 size_t length(const Tensors& tensors) {
@@ -99,7 +131,41 @@ void check_optional_length(const char* name, size_t got, size_t needed) {
     }
 }
 
-void check_cpu(const char* name, const Tensor& tensor) {
+// Where a call runs: on the device of the first tensor, and on a GPU in its current stream.
+class Place {
+  public:
+    explicit Place(const Tensors& tensors) {
+        if (!kOnGpu || tensors.empty() || !tensors[0].is_cuda()) {
+            return;
+        }
+        index_ = tensors[0].get_device_index();
+        guard_.emplace(index_);
+#if defined(SPARSE_OPTIM_CUDA) && !defined(SPARSE_OPTIM_EMULATED)
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                        "the CUDA verbs need a CUDA build of torch, got one without; install one.");
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_) == 0,
+                        "torch has no current stream on GPU ", index_, "; see its own message.");
+#endif
+    }
+
+    void check(const char* name, const Tensor& tensor) const {
+        if (kOnGpu) {
+            STD_TORCH_CHECK(tensor.defined() && tensor.is_cuda() && tensor.get_device_index() == index_, name,
+                            " must lie on GPU ", index_, " like the first tensor; move them there.");
+        } else {
+            STD_TORCH_CHECK(tensor.defined() && tensor.is_cpu(), name,
+                            " must hold CPU tensors; move them there or use another backend.");
+        }
+    }
+    void* stream() const { return stream_; }
+
+  private:
+    int32_t index_ = 0;
+    std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+    void* stream_ = nullptr;
+};
+
+void check_on_host(const char* name, const Tensor& tensor) {
     STD_TORCH_CHECK(tensor.defined() && tensor.is_cpu(), name,
                     " must hold CPU tensors; move them there or use another backend.");
 }
@@ -145,16 +211,19 @@ void check_shape(const char* name, const Tensor& tensor, const Tensor& like) {
 // goes back in `finish`.
 class Arrays {
   public:
+    // the device is that of these tensors
+    explicit Arrays(const Tensors& tensors) : place(tensors) {}
+
     Array read(const char* name, const Tensor& tensor) {
-        check_cpu(name, tensor);
+        place.check(name, tensor);
         return {const_cast<void*>(contiguous(tensor).const_data_ptr()), floating(name, tensor)};
     }
     Array write(const char* name, const Tensor& tensor) {
-        check_cpu(name, tensor);
+        place.check(name, tensor);
         return {writable(name, tensor), floating(name, tensor)};
     }
     const void* read_raw(const char* name, const Tensor& tensor) {
-        check_cpu(name, tensor);
+        place.check(name, tensor);
         return contiguous(tensor).const_data_ptr();
     }
     const void* read_indices(const Tensor& tensor) {
@@ -162,8 +231,13 @@ class Arrays {
         note(data, tensor, true);
         return data;
     }
+    const int64_t* read_integers(const char* name, const Tensor& tensor, size_t count) {
+        check_type(name, tensor, ScalarType::Long, "int64");
+        check_numel(name, tensor.numel(), static_cast<int64_t>(count));
+        return static_cast<const int64_t*>(read_raw(name, tensor));
+    }
     void* write_raw(const char* name, const Tensor& tensor) {
-        check_cpu(name, tensor);
+        place.check(name, tensor);
         return writable(name, tensor);
     }
     // An index is checked, then used: what is written in between must not be an index.
@@ -184,6 +258,8 @@ class Arrays {
             torch::stable::copy_(original, copy);
         }
     }
+
+    const Place place;
 
   private:
     struct Extent {
@@ -226,7 +302,7 @@ class Arrays {
 // Numbers in 0-dim tensors.
 
 double number_in(const char* name, const Tensor& tensor) {
-    check_cpu(name, tensor);
+    check_on_host(name, tensor);
     check_numel(name, tensor.numel(), 1);
     const void* const data = tensor.const_data_ptr();
     switch (floating(name, tensor)) {
@@ -263,20 +339,38 @@ double count_up(const Tensor& step) {
     return number_in("steps", step);
 }
 
-void check_steps(const Tensors& steps, size_t count) {
+// A number on the host is read now; one on the device is left to the kernels.
+Number number(const Place& place, const char* name, const Tensor& tensor) {
+    if (kOnHost || (kOnGpu && tensor.is_cpu())) {
+        return {number_in(name, tensor)};
+    }
+    place.check(name, tensor);
+    check_numel(name, tensor.numel(), 1);
+    return {0, tensor.const_data_ptr(), floating(name, tensor)};
+}
+
+Number number(const Place& place, const char* name, const MaybeTensor& tensor, double otherwise) {
+    return tensor ? number(place, name, *tensor) : Number{otherwise};
+}
+
+// Whether steps are counted by a kernel. On the emulated GPU only where other numbers lie there too.
+bool steps_on_device(const Tensors& steps, const MaybeTensor& lr) {
+    if (kOnHost || steps.empty() || (kOnGpu && steps[0].is_cpu())) {
+        return false;
+    }
+    return kOnGpu || lr.has_value();
+}
+
+void check_steps(const Place& place, const Tensors& steps, size_t count, bool on_device) {
     check_length("steps", steps.size(), count);
     for (const Tensor& step : steps) {
-        number_in("steps", step);
+        on_device ? void(number(place, "steps", step)) : void(number_in("steps", step));
     }
 }
 
-Numbers integers_in(const char* name, const Tensor& tensor, size_t count) {
-    check_cpu(name, tensor);
-    check_type(name, tensor, ScalarType::Long, "int64");
-    check_numel(name, tensor.numel(), static_cast<int64_t>(count));
-    const Tensor flat = torch::stable::contiguous(tensor);
-    const int64_t* const data = flat.const_data_ptr<int64_t>();
-    return Numbers(data, data + count);
+// The new step, or where the old one lies.
+Number next_step(const Place& place, const Tensor& step, bool on_device) {
+    return on_device ? number(place, "steps", step) : Number{count_up(step)};
 }
 
 // Three numbers a tensor, or none: then the tensors are whole.
@@ -314,7 +408,7 @@ IndexArray indices_of(Arrays& arrays, const Tensor& indices, int64_t numel) {
                     "; list flat indices.");
     const void* const data = arrays.read_indices(indices);
     const int64_t count = indices.numel();
-    if (count != 0) {
+    if (kOnHost && count != 0) {
         // the ends of an ascending list; the rest is checked where it is used
         const auto entry = [&](int64_t i) {
             return is_64_bit ? static_cast<const int64_t*>(data)[i]
@@ -407,47 +501,76 @@ Kind kind_of(const std::string& name) {
     return name == "squares" ? Kind::kSquares : name == "signed" ? Kind::kSigned : Kind::kAbsolute;
 }
 
-// int64 sort keys and last global indices, resp. how many leading entries of each tensor count among the
-// ties.
-std::vector<Cut> cuts_of(const Tensors& cuts, const Tensors& scores, const Numbers& geometries) {
-    STD_TORCH_CHECK(cuts.size() == 2, "cuts must hold keys and last_ties, got ", cuts.size(),
-                    " tensors; pass both.");
-    const Numbers keys = integers_in("cuts.keys", cuts[0], scores.size());
-    const Numbers ties = integers_in("cuts.last_ties", cuts[1], scores.size());
-    std::vector<Cut> result;
-    for (size_t i = 0; i < scores.size(); ++i) {
-        const int64_t numel = scores[i].numel();
-        const int64_t key = std::clamp<int64_t>(keys[i], 0, int64_t{1} << 32);
-        result.push_back({key, entries_up_to(ties[i], geometry_of(geometries, i, numel), numel)});
+// int64 sort keys and last global indices, one each per tensor.
+struct Cuts {
+    Cuts(Arrays& arrays, const Tensors& cuts, size_t count) {
+        STD_TORCH_CHECK(cuts.size() == 2, "cuts must hold keys and last_ties, got ", cuts.size(),
+                        " tensors; pass both.");
+        keys = arrays.read_integers("cuts.keys", cuts[0], count);
+        last_ties = arrays.read_integers("cuts.last_ties", cuts[1], count);
     }
-    return result;
-}
 
-void raise_flag(const Tensor& flag, bool raised) {
-    if (raised) {
-        *static_cast<bool*>(flag.mutable_data_ptr()) = true;
+    Cut of(size_t i, const Geometry& geometry, int64_t numel) const {
+        Cut cut = {keys + i, last_ties + i};
+        if (kOnHost) {
+            cut.key = std::clamp<int64_t>(keys[i], 0, int64_t{1} << 32);
+            cut.ties = entries_up_to(last_ties[i], geometry, numel);
+        }
+        return cut;
     }
-}
 
-void check_flags(const Tensors& nonfinite, size_t count) {
-    check_length("nonfinite", nonfinite.size(), count);
-    for (const Tensor& flag : nonfinite) {
-        check_cpu("nonfinite", flag);
-        check_type("nonfinite", flag, ScalarType::Bool, "bool");
-        check_numel("nonfinite", flag.numel(), 1);
-    }
+    const int64_t *keys, *last_ties;
+};
+
+bool* flag_of(const Place& place, const Tensor& flag) {
+    place.check("nonfinite", flag);
+    check_type("nonfinite", flag, ScalarType::Bool, "bool");
+    check_numel("nonfinite", flag.numel(), 1);
+    return static_cast<bool*>(flag.mutable_data_ptr());
 }
 
 // the verbs; what they mean is said in sparse_optim/backends/reference.py
 
-Hyperparameters hyperparameters(double lr, double beta1, double beta2, double eps, double weight_decay,
-                                bool maximize, double grad_scale) {
-    return {lr, beta1, beta2, eps, weight_decay, maximize ? -grad_scale : grad_scale};
+// The numbers of an update, on the host and on the device.
+struct AllNumbers {
+    AllNumbers(const Place& place, double lr, double beta1, double beta2, double eps, double weight_decay,
+               bool maximize, const MaybeTensor& lr_tensor, const MaybeTensor& beta1_tensor,
+               const MaybeTensor& beta2_tensor, const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
+        there.lr = number(place, "lr", lr_tensor, lr);
+        there.beta1 = number(place, "beta1", beta1_tensor, beta1);
+        there.beta2 = number(place, "beta2", beta2_tensor, beta2);
+        there.grad_scale = number(place, "grad_scale", grad_scale, 1);
+        there.found_inf = number(place, "found_inf", found_inf, 0);
+        const double factor = there.grad_scale.value;
+        here = {there.lr.value,
+                there.beta1.value,
+                there.beta2.value,
+                eps,
+                weight_decay,
+                there.grad_scale.address != nullptr ? (maximize ? -1.0 : 1.0)
+                : maximize                          ? -factor
+                                                    : factor};
+    }
+    bool skips() const { return there.found_inf.value != 0; }
+
+    Hyperparameters here;
+    DeviceNumbers there;
+};
+
+Tensor on_host(const Tensor& tensor) {
+    return kOnGpu ? torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU))
+                  : tensor;
+}
+
+// Room on the device of `like`.
+Tensor bytes_like(const Tensor& like, int64_t count) {
+    return torch::stable::new_empty(like, {count}, ScalarType::Byte);
 }
 
 void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
             Tensors steps, double lr, double beta1, double beta2, double eps, double weight_decay,
-            bool maximize, double grad_scale, Numbers geometries, Tensors bits, Numbers seeded,
+            bool maximize, MaybeTensor lr_tensor, MaybeTensor beta1_tensor, MaybeTensor beta2_tensor,
+            MaybeTensor grad_scale, MaybeTensor found_inf, Numbers geometries, Tensors bits, Numbers seeded,
             Tensors scores, Tensors cuts, std::string unselected, double rescale, Numbers rounding,
             Tensors statistics, Tensors nonfinite, std::string kind, Tensors statistic_scales) {
     const size_t count = params.size();
@@ -459,16 +582,21 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
     check_optional_length("statistics", length(statistics), count);
     check_optional_length("statistic_scales", length(statistic_scales), count);
     check_geometries(geometries, count);
-    check_steps(steps, count);
+    Arrays arrays(params);
+    const bool counts_there = steps_on_device(steps, lr_tensor);
+    check_steps(arrays.place, steps, count, counts_there);
     if (!statistics.empty()) {
-        check_flags(nonfinite, count);
+        check_length("nonfinite", nonfinite.size(), count);
     }
     const Selection selection(bits, seeded, count);
     const Draws rounds("rounding", rounding, count);
+    const AllNumbers numbers(arrays.place, lr, beta1, beta2, eps, weight_decay, maximize, lr_tensor,
+                             beta1_tensor, beta2_tensor, grad_scale, found_inf);
 
-    Arrays arrays;
     DenseCall call;
-    call.hyper = hyperparameters(lr, beta1, beta2, eps, weight_decay, maximize, grad_scale);
+    call.stream = arrays.place.stream();
+    call.hyper = numbers.here;
+    call.on_device = numbers.there;
     call.rescale = rescale;
     call.unselected = unselected_of(unselected);
     call.seeded = selection.draws.rule;
@@ -476,9 +604,9 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
     call.rounds = rounds.given;
     call.rounding_seed = rounds.rule.seed;
     call.rounding_draw = rounds.rule.draw;
-    std::vector<Cut> all_cuts;
+    std::optional<Cuts> all_cuts;
     if (!scores.empty()) {
-        all_cuts = cuts_of(cuts, scores, geometries);
+        all_cuts.emplace(arrays, cuts, count);
     }
     for (size_t i = 0; i < count; ++i) {
         const Tensor& param = params[i];
@@ -500,9 +628,9 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
         if (!statistics.empty()) {
             check_shape("statistics", statistics[i], param);
             tensor.statistic = arrays.write("statistics", statistics[i]);
+            tensor.nonfinite = flag_of(arrays.place, nonfinite[i]);
             if (!statistic_scales.empty()) {
-                tensor.statistic_scale =
-                    static_cast<float>(number_in("statistic_scales", statistic_scales[i]));
+                tensor.statistic_scale = number(arrays.place, "statistic_scales", statistic_scales[i]);
             }
         }
         if (!scores.empty() && tensor.mask.form == Form::kEverything && !selection.draws.given) {
@@ -513,7 +641,7 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
                               scores[i].const_data_ptr() == statistics[i].const_data_ptr() &&
                               scores[i].scalar_type() == statistics[i].scalar_type();
             tensor.mask.scores = same ? tensor.statistic : arrays.read("scores", scores[i]);
-            tensor.mask.cut = all_cuts[i];
+            tensor.mask.cut = all_cuts->of(i, geometry, numel);
         }
         if (rounds.given) {
             tensor.rounding_key = rounds.keys[i];
@@ -525,20 +653,24 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
         call.blocks.add(numel, tensor.lead);
         call.tensors.push_back(tensor);
     }
+    if (count == 0 || numbers.skips()) {
+        return;
+    }
     for (size_t i = 0; i < count; ++i) {
-        call.tensors[i].step = count_up(steps[i]);
+        call.tensors[i].step = next_step(arrays.place, steps[i], counts_there);
     }
-    cpu::adamw(call);
+    const Tensor derived =
+        bytes_like(params[0], counts_there ? static_cast<int64_t>(count) * kNumbersBytes : 0);
+    call.on_device.derived = counts_there ? derived.mutable_data_ptr() : nullptr;
+    backend::adamw(call);
     arrays.finish();
-    for (size_t i = 0; i < statistics.size(); ++i) {
-        raise_flag(nonfinite[i], call.tensors[i].nonfinite);
-    }
 }
 
 void adamw_indexed_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs, Tensors exp_avg_sqs,
                     Tensors max_exp_avg_sqs, Tensors masters, Tensors ages, Tensors steps, double lr,
                     double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                    double grad_scale, bool compact_grads) {
+                    MaybeTensor lr_tensor, MaybeTensor beta1_tensor, MaybeTensor beta2_tensor,
+                    MaybeTensor grad_scale, MaybeTensor found_inf, bool compact_grads) {
     const size_t count = params.size();
     check_length("grads", length(grads), count);
     check_length("indices", length(indices), count);
@@ -547,11 +679,16 @@ void adamw_indexed_(Tensors params, Tensors grads, Tensors indices, Tensors exp_
     check_optional_length("max_exp_avg_sqs", length(max_exp_avg_sqs), count);
     check_optional_length("masters", length(masters), count);
     check_optional_length("ages", length(ages), count);
-    check_steps(steps, count);
+    Arrays arrays(params);
+    const bool counts_there = steps_on_device(steps, lr_tensor);
+    check_steps(arrays.place, steps, count, counts_there);
+    const AllNumbers numbers(arrays.place, lr, beta1, beta2, eps, weight_decay, maximize, lr_tensor,
+                             beta1_tensor, beta2_tensor, grad_scale, found_inf);
 
-    Arrays arrays;
     IndexedCall call;
-    call.hyper = hyperparameters(lr, beta1, beta2, eps, weight_decay, maximize, grad_scale);
+    call.stream = arrays.place.stream();
+    call.hyper = numbers.here;
+    call.on_device = numbers.there;
     call.compact_grads = compact_grads;
     for (size_t i = 0; i < count; ++i) {
         IndexedTensor tensor;
@@ -586,10 +723,16 @@ void adamw_indexed_(Tensors params, Tensors grads, Tensors indices, Tensors exp_
         call.tensors.push_back(tensor);
     }
     arrays.check_indices_apart();
-    for (size_t i = 0; i < count; ++i) {
-        call.tensors[i].step = count_up(steps[i]);
+    if (count == 0 || numbers.skips()) {
+        return;
     }
-    cpu::adamw_indexed(call);
+    for (size_t i = 0; i < count; ++i) {
+        call.tensors[i].step = next_step(arrays.place, steps[i], counts_there);
+    }
+    const Tensor derived =
+        bytes_like(params[0], counts_there ? static_cast<int64_t>(count) * kNumbersBytes : 0);
+    call.on_device.derived = counts_there ? derived.mutable_data_ptr() : nullptr;
+    backend::adamw_indexed(call);
     arrays.finish();
     check_indices_were_inside(call.bad_index);
 }
@@ -598,10 +741,11 @@ void accumulate_(Tensors statistics, Tensors grads, Tensors nonfinite, std::stri
                  Tensors first_counts, bool absolute) {
     const size_t count = statistics.size();
     check_length("grads", length(grads), count);
-    check_flags(nonfinite, count);
+    check_length("nonfinite", nonfinite.size(), count);
     check_optional_length("grad_scales", length(grad_scales), count);
-    Arrays arrays;
+    Arrays arrays(statistics);
     AccumulateCall call;
+    call.stream = arrays.place.stream();
     call.kind = kind_of(kind);
     call.absolute = absolute;
     int64_t* counts = nullptr;
@@ -623,19 +767,17 @@ void accumulate_(Tensors statistics, Tensors grads, Tensors nonfinite, std::stri
         tensor.statistic = arrays.write("statistics", statistics[i]);
         tensor.grad = arrays.read("grads", grads[i]);
         if (!grad_scales.empty()) {
-            tensor.scale = static_cast<float>(number_in("grad_scales", grad_scales[i]));
+            tensor.scale = number(arrays.place, "grad_scales", grad_scales[i]);
         }
+        tensor.nonfinite = flag_of(arrays.place, nonfinite[i]);
         if (counts != nullptr) {
             tensor.counts = counts + (rows == 1 ? 0 : i) * (1 << 11);
         }
         call.blocks.add(tensor.numel);
         call.tensors.push_back(tensor);
     }
-    cpu::accumulate(call);
+    backend::accumulate(call);
     arrays.finish();
-    for (size_t i = 0; i < count; ++i) {
-        raise_flag(nonfinite[i], call.tensors[i].nonfinite);
-    }
 }
 
 Tensor histogram(Tensors scores, int64_t shift, int64_t width, Tensor prefixes, bool per_tensor,
@@ -646,66 +788,82 @@ Tensor histogram(Tensors scores, int64_t shift, int64_t width, Tensor prefixes, 
     STD_TORCH_CHECK(shift >= 0 && shift <= 63 - width, "shift must be in [0, 63 - width], got ", shift,
                     "; keys have 32 bits and indices at most 63.");
     check_geometries(geometries, count);
-    const Numbers all_prefixes = integers_in("prefixes", prefixes, count);
-    const Numbers all_ties = ties.empty() ? Numbers() : integers_in("ties", ties[0], count);
+    Arrays arrays(scores);
+    const int64_t* const all_prefixes = arrays.read_integers("prefixes", prefixes, count);
+    const int64_t* const all_ties = ties.empty() ? nullptr : arrays.read_integers("ties", ties[0], count);
     const int64_t rows = per_tensor ? static_cast<int64_t>(count) : 1;
-    Tensor counts = torch::stable::empty({rows, int64_t{1} << width}, ScalarType::Long);
-    int64_t* const data = counts.mutable_data_ptr<int64_t>();
-    std::fill(data, data + counts.numel(), 0);
+    Tensor counts = torch::stable::new_zeros(prefixes, {rows, int64_t{1} << width}, ScalarType::Long);
+    int64_t* const data = static_cast<int64_t*>(counts.mutable_data_ptr());
 
-    Arrays arrays;
     HistogramCall call;
+    call.stream = arrays.place.stream();
     call.shift = static_cast<int>(shift);
     call.width = static_cast<int>(width);
     call.absolute = absolute;
-    call.among_ties = !all_ties.empty();
+    call.among_ties = all_ties != nullptr;
     for (size_t i = 0; i < count; ++i) {
         HistogramTensor tensor;
         tensor.numel = scores[i].numel();
         tensor.scores = arrays.read("scores", scores[i]);
         tensor.geometry = geometry_of(geometries, i, tensor.numel);
-        tensor.prefix = all_prefixes[i];
-        tensor.tie = call.among_ties ? all_ties[i] : 0;
+        tensor.prefix = all_prefixes + i;
+        tensor.tie = call.among_ties ? all_ties + i : nullptr;
         tensor.counts = data + (per_tensor ? static_cast<int64_t>(i) << width : 0);
         call.blocks.add(tensor.numel);
         call.tensors.push_back(tensor);
     }
-    cpu::histogram(call);
+    backend::histogram(call);
     return counts;
 }
 
 Tensors compact(Tensors scores, Tensors cuts, bool as_bits, bool absolute, Numbers geometries) {
     const size_t count = scores.size();
     check_geometries(geometries, count);
-    const std::vector<Cut> all_cuts = cuts_of(cuts, scores, geometries);
-    Arrays arrays;
+    Arrays arrays(scores);
+    const Cuts all_cuts(arrays, cuts, count);
     CompactCall call;
+    call.stream = arrays.place.stream();
     call.absolute = absolute;
     for (size_t i = 0; i < count; ++i) {
         CompactTensor tensor;
         tensor.mask.form = Form::kScores;
         tensor.mask.numel = scores[i].numel();
         tensor.mask.scores = arrays.read("scores", scores[i]);
-        tensor.mask.cut = all_cuts[i];
+        tensor.mask.geometry = geometry_of(geometries, i, tensor.mask.numel);
+        tensor.mask.cut = all_cuts.of(i, tensor.mask.geometry, tensor.mask.numel);
         call.blocks.add(tensor.mask.numel);
         call.tensors.push_back(tensor);
     }
-    const std::vector<int64_t> listed = as_bits ? std::vector<int64_t>() : cpu::count_selected(call);
     Tensors results;
+    if (count == 0) {
+        return results;
+    }
+    Numbers listed(count);
+    Tensor places;
+    if (!as_bits) {
+        // the totals come first, because they go to the host
+        const int64_t needed = static_cast<int64_t>(count) + backend::places_of(call);
+        places = torch::stable::new_empty(scores[0], {needed}, ScalarType::Long);
+        call.totals = static_cast<int64_t*>(places.mutable_data_ptr());
+        call.places = call.totals + count;
+        backend::count_selected(call);
+        const Tensor totals = on_host(torch::stable::narrow(places, 0, 0, static_cast<int64_t>(count)));
+        std::copy_n(totals.const_data_ptr<int64_t>(), count, listed.begin());
+    }
     for (size_t i = 0; i < count; ++i) {
         CompactTensor& tensor = call.tensors[i];
         const int64_t numel = tensor.mask.numel;
         if (as_bits) {
-            results.push_back(torch::stable::empty({(numel + 31) / 32 * 4}, ScalarType::Byte));
+            results.push_back(bytes_like(scores[i], (numel + 31) / 32 * 4));
             tensor.bits = static_cast<uint8_t*>(results.back().mutable_data_ptr());
         } else {
             tensor.is_64_bit = numel > std::numeric_limits<int32_t>::max();
-            results.push_back(
-                torch::stable::empty({listed[i]}, tensor.is_64_bit ? ScalarType::Long : ScalarType::Int));
+            results.push_back(torch::stable::new_empty(
+                scores[i], {listed[i]}, tensor.is_64_bit ? ScalarType::Long : ScalarType::Int));
             tensor.indices = results.back().mutable_data_ptr();
         }
     }
-    cpu::compact(call);
+    backend::compact(call);
     return results;
 }
 
@@ -713,8 +871,9 @@ void gather_(Tensors buffers, Tensors tensors, Tensors indices) {
     const size_t count = buffers.size();
     check_length("tensors", length(tensors), count);
     check_length("indices", length(indices), count);
-    Arrays arrays;
+    Arrays arrays(buffers);
     GatherCall call;
+    call.stream = arrays.place.stream();
     for (size_t i = 0; i < count; ++i) {
         GatherTensor tensor;
         tensor.numel = tensors[i].numel();
@@ -728,7 +887,7 @@ void gather_(Tensors buffers, Tensors tensors, Tensors indices) {
         call.tensors.push_back(tensor);
     }
     arrays.check_indices_apart();
-    cpu::gather(call);
+    backend::gather(call);
     arrays.finish();
     check_indices_were_inside(call.bad_index);
 }
@@ -738,8 +897,9 @@ Tensor norm(Tensors grads, Tensors indices, Numbers geometries, Tensors bits, Nu
     check_optional_length("indices", length(indices), count);
     check_geometries(geometries, count);
     const Selection selection(bits, seeded, count);
-    Arrays arrays;
+    Arrays arrays(grads);
     NormCall call;
+    call.stream = arrays.place.stream();
     call.indexed = !indices.empty();
     call.seeded = selection.draws.rule;
     for (size_t i = 0; i < count; ++i) {
@@ -758,11 +918,14 @@ Tensor norm(Tensors grads, Tensors indices, Numbers geometries, Tensors bits, Nu
         }
         call.tensors.push_back(tensor);
     }
-    const double total = cpu::norm(call);
+    STD_TORCH_CHECK(count != 0, "grads must not be empty, got none; pass at least one.");
+    const Tensor total = torch::stable::new_empty(grads[0], {}, ScalarType::Double);
+    const Tensor sums = torch::stable::new_empty(grads[0], {backend::sums_of(call)}, ScalarType::Double);
+    call.total = static_cast<double*>(total.mutable_data_ptr());
+    call.sums = static_cast<double*>(sums.mutable_data_ptr());
+    backend::norm(call);
     check_indices_were_inside(call.bad_index);
-    Tensor result = torch::stable::empty({}, ScalarType::Double);
-    *result.mutable_data_ptr<double>() = total;
-    return result;
+    return total;
 }
 
 void apply_delta_(Tensors params, Tensors indices, Tensors values, std::string mode) {
@@ -771,8 +934,9 @@ void apply_delta_(Tensors params, Tensors indices, Tensors values, std::string m
     check_length("values", length(values), count);
     STD_TORCH_CHECK(mode == "replace" || mode == "add" || mode == "xor",
                     "mode must be 'replace', 'add' or 'xor', got '", mode, "'; use 'replace'.");
-    Arrays arrays;
+    Arrays arrays(params);
     DeltaCall call;
+    call.stream = arrays.place.stream();
     call.mode = mode == "replace" ? Mode::kReplace : mode == "add" ? Mode::kAdd : Mode::kXor;
     for (size_t i = 0; i < count; ++i) {
         DeltaTensor tensor;
@@ -787,10 +951,12 @@ void apply_delta_(Tensors params, Tensors indices, Tensors values, std::string m
         call.tensors.push_back(tensor);
     }
     arrays.check_indices_apart();
-    cpu::apply_delta(call);
+    backend::apply_delta(call);
     arrays.finish();
     check_indices_were_inside(call.bad_index);
 }
+
+#if !defined(SPARSE_OPTIM_CUDA)
 
 // All levels of vector instructions give the same bits: these two are there to test that.
 std::string vector_levels() {
@@ -806,26 +972,30 @@ void use_vector_level(std::string level) {
                     "'; this machine has no other.");
 }
 
+#endif
+
 }  // namespace
 }  // namespace sparse_optim
 
-STABLE_TORCH_LIBRARY(sparse_optim, library) {
-    library.def("philox_words(int seed, int draw, int key, int start, int count) -> Tensor");
-    library.def("vector_levels() -> str");
-    library.def("use_vector_level(str level) -> ()");
+namespace {
+
+template <typename Library>
+void define_verbs(Library& library) {
     // an empty list stands for an argument that is not given; seeded and rounding are seed, draw, threshold,
-    // one_word and the keys, cuts are keys and last_ties
+    // one_word and the keys, cuts are keys and last_ties; a number given as a tensor stays on its device
     library.def(
         "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
         "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, float lr, float beta1, float beta2, float eps, "
-        "float weight_decay, bool maximize, float grad_scale, int[] geometries, Tensor[] bits, int[] seeded, "
+        "float weight_decay, bool maximize, Tensor? lr_tensor, Tensor? beta1_tensor, Tensor? beta2_tensor, "
+        "Tensor? grad_scale, Tensor? found_inf, int[] geometries, Tensor[] bits, int[] seeded, "
         "Tensor[] scores, Tensor[] cuts, str unselected, float rescale, int[] rounding, "
         "Tensor(f!)[] statistics, Tensor(g!)[] nonfinite, str kind, Tensor[] statistic_scales) -> ()");
     library.def(
         "adamw_indexed_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
         "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, Tensor(f!)[] ages, "
         "Tensor(g!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
-        "bool maximize, float grad_scale, bool compact_grads) -> ()");
+        "bool maximize, Tensor? lr_tensor, Tensor? beta1_tensor, Tensor? beta2_tensor, Tensor? grad_scale, "
+        "Tensor? found_inf, bool compact_grads) -> ()");
     library.def(
         "accumulate_(Tensor(a!)[] statistics, Tensor[] grads, Tensor(b!)[] nonfinite, str kind, "
         "Tensor[] grad_scales, Tensor(c!)[] first_counts, bool absolute) -> ()");
@@ -840,15 +1010,8 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
     library.def("apply_delta_(Tensor(a!)[] params, Tensor[] indices, Tensor[] values, str mode) -> ()");
 }
 
-// no tensor goes in, so no device can be read off the arguments: the kernel is the one for every device, and
-// its result lies on the CPU
-STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CompositeExplicitAutograd, library) {
-    library.impl("philox_words", TORCH_BOX(&sparse_optim::philox_words));
-    library.impl("vector_levels", TORCH_BOX(&sparse_optim::vector_levels));
-    library.impl("use_vector_level", TORCH_BOX(&sparse_optim::use_vector_level));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
+template <typename Library>
+void implement_verbs(Library& library) {
     library.impl("adamw_", TORCH_BOX(&sparse_optim::adamw_));
     library.impl("adamw_indexed_", TORCH_BOX(&sparse_optim::adamw_indexed_));
     library.impl("accumulate_", TORCH_BOX(&sparse_optim::accumulate_));
@@ -859,9 +1022,57 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
     library.impl("apply_delta_", TORCH_BOX(&sparse_optim::apply_delta_));
 }
 
-// The library is loaded by path, but it is installed as a Python module, and such a module has this function.
-PyMODINIT_FUNC PyInit__C() {
+}  // namespace
+
+#if defined(SPARSE_OPTIM_EMULATED)
+
+STABLE_TORCH_LIBRARY(sparse_optim_emulated, library) {
+    define_verbs(library);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_optim_emulated, CPU, library) {
+    implement_verbs(library);
+}
+
+#elif defined(SPARSE_OPTIM_CUDA)
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CUDA, library) {
+    implement_verbs(library);
+}
+
+#else
+
+STABLE_TORCH_LIBRARY(sparse_optim, library) {
+    library.def("philox_words(int seed, int draw, int key, int start, int count) -> Tensor");
+    library.def("vector_levels() -> str");
+    library.def("use_vector_level(str level) -> ()");
+    define_verbs(library);
+}
+
+// no tensor goes in, so no device can be read off the arguments: the kernel is the one for every device, and
+// its result lies on the CPU
+STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CompositeExplicitAutograd, library) {
+    library.impl("philox_words", TORCH_BOX(&sparse_optim::philox_words));
+    library.impl("vector_levels", TORCH_BOX(&sparse_optim::vector_levels));
+    library.impl("use_vector_level", TORCH_BOX(&sparse_optim::use_vector_level));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
+    implement_verbs(library);
+}
+
+#endif
+
+// A library is loaded by path, but it is installed as a Python module, and such a module has this function.
+#if defined(SPARSE_OPTIM_CUDA)
+#define SPARSE_OPTIM_MODULE "_cuda"
+#define SPARSE_OPTIM_INIT PyInit__cuda
+#else
+#define SPARSE_OPTIM_MODULE "_C"
+#define SPARSE_OPTIM_INIT PyInit__C
+#endif
+PyMODINIT_FUNC SPARSE_OPTIM_INIT() {
     static PyModuleDef module = {
-        PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+        PyModuleDef_HEAD_INIT, SPARSE_OPTIM_MODULE, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
     return PyModule_Create(&module);
 }

@@ -16,6 +16,13 @@ struct Array {
     Dtype dtype = Dtype::kFloat32;
 };
 
+// A number that the host knows, or that lies on the device of the call, where only a kernel can read it.
+struct Number {
+    double value = 0;
+    const void* address = nullptr;
+    Dtype dtype = Dtype::kFloat32;
+};
+
 // Local entry i has the global index offset + i / inner * stride + i % inner.
 struct Geometry {
     int64_t offset = 0;
@@ -23,8 +30,12 @@ struct Geometry {
     int64_t stride = 1;
 };
 
-// A cut through scores: sort keys above `key` pass, and those equal to it among the first `ties` entries.
+// A cut through scores: sort keys above `key` pass, and those equal to it up to the global index `last_tie`.
+// On the CPU these two are resolved beforehand: `ties` is the number of leading entries that count among the
+// ties.
 struct Cut {
+    const int64_t* key_address = nullptr;
+    const int64_t* last_tie_address = nullptr;
     int64_t key = 0;
     int64_t ties = 0;
 };
@@ -56,7 +67,15 @@ struct Hyperparameters {
     double grad_factor;  // grad_scale, negative under maximize
 };
 
-// Entries are worked on in blocks of this many: what a block needs stays in the caches nearest to the core,
+// Those of them that lie on the device, and where numbers that are derived from them there are put: room for
+// kNumbersBytes per tensor.
+struct DeviceNumbers {
+    Number lr, beta1, beta2, grad_scale, found_inf;
+    void* derived = nullptr;
+};
+constexpr int64_t kNumbersBytes = 96;
+
+// The CPU works on blocks of this many entries: what a block needs stays in the caches nearest to the core,
 // and it is a tile of the seeded rule.
 constexpr int64_t kBlock = 1024;
 
@@ -86,17 +105,19 @@ struct DenseTensor {
     int64_t lead = 0;
     Mask mask;
     Array param, grad, exp_avg, exp_avg_sq, largest;
-    double step = 0;  // the new one
+    Number step;  // the new one, or where the old one lies
     uint32_t rounding_key = 0;
     Array statistic;
-    float statistic_scale = 1;
-    bool nonfinite = false;  // result
+    Number statistic_scale = {1};
+    bool* nonfinite = nullptr;  // raised
 };
 
 struct DenseCall {
     std::vector<DenseTensor> tensors;
     Blocks blocks;
+    void* stream = nullptr;
     Hyperparameters hyper;
+    DeviceNumbers on_device;
     double rescale = 1;
     Unselected unselected = Unselected::kFrozen;
     SeededRule seeded;
@@ -117,13 +138,15 @@ struct IndexedTensor {
     IndexArray indices;
     Array param, grad, exp_avg, exp_avg_sq, largest, master;
     int32_t* ages = nullptr;
-    double step = 0;
+    Number step;
 };
 
 struct IndexedCall {
     std::vector<IndexedTensor> tensors;
     Blocks blocks;
+    void* stream = nullptr;
     Hyperparameters hyper;
+    DeviceNumbers on_device;
     bool compact_grads = false;
     // an index beyond its tensor is found where it is used, before anything is written there
     std::atomic<bool> bad_index = false;
@@ -132,14 +155,15 @@ struct IndexedCall {
 struct AccumulateTensor {
     int64_t numel = 0;
     Array statistic, grad;
-    float scale = 1;
-    bool nonfinite = false;     // result
+    Number scale = {1};
+    bool* nonfinite = nullptr;  // raised
     int64_t* counts = nullptr;  // 2^11 bins, added to
 };
 
 struct AccumulateCall {
     std::vector<AccumulateTensor> tensors;
     Blocks blocks;
+    void* stream = nullptr;
     Kind kind = Kind::kSquares;
     bool absolute = false;
 };
@@ -148,14 +172,15 @@ struct HistogramTensor {
     int64_t numel = 0;
     Array scores;
     Geometry geometry;
-    int64_t prefix = 0;
-    int64_t tie = 0;
+    const int64_t* prefix = nullptr;
+    const int64_t* tie = nullptr;
     int64_t* counts = nullptr;
 };
 
 struct HistogramCall {
     std::vector<HistogramTensor> tensors;
     Blocks blocks;
+    void* stream = nullptr;
     int shift = 0;
     int width = 0;
     bool absolute = false;
@@ -172,8 +197,10 @@ struct CompactTensor {
 struct CompactCall {
     std::vector<CompactTensor> tensors;
     Blocks blocks;
+    void* stream = nullptr;
     bool absolute = false;
-    std::vector<int64_t> places;  // of the first selected entry of each block in its list
+    int64_t* places = nullptr;  // of the first selected entry of each block in its list
+    int64_t* totals = nullptr;  // of each tensor
 };
 
 struct NormTensor {
@@ -186,9 +213,11 @@ struct NormTensor {
 struct NormCall {
     std::vector<NormTensor> tensors;
     Blocks blocks;
+    void* stream = nullptr;
     bool indexed = false;
     SeededRule seeded;
-    std::vector<double> sums;  // one a block, so that the total does not depend on the threads
+    double* sums = nullptr;  // one a block, so that the total does not depend on the threads
+    double* total = nullptr;
     std::atomic<bool> bad_index = false;
 };
 
@@ -201,6 +230,7 @@ struct GatherTensor {
 struct GatherCall {
     std::vector<GatherTensor> tensors;
     Blocks blocks;
+    void* stream = nullptr;
     std::atomic<bool> bad_index = false;
 };
 
@@ -215,17 +245,38 @@ struct DeltaTensor {
 struct DeltaCall {
     std::vector<DeltaTensor> tensors;
     Blocks blocks;
+    void* stream = nullptr;
     Mode mode = Mode::kReplace;
     std::atomic<bool> bad_index = false;
 };
 
 // How many of the first entries of a tensor have global indices up to `last`: global indices ascend with
 // local ones.
-int64_t entries_up_to(int64_t last, const Geometry& geometry, int64_t numel);
+SPARSE_OPTIM_HOST_DEVICE int64_t entries_up_to(int64_t last, const Geometry& geometry, int64_t numel) {
+    if (last < geometry.offset) {
+        return 0;
+    }
+    const int64_t distance = last - geometry.offset;
+    const int64_t row = distance / geometry.stride, column = distance % geometry.stride;
+    if (row > numel / geometry.inner) {
+        return numel;
+    }
+    const int64_t within = column + 1 < geometry.inner ? column + 1 : geometry.inner;
+    const int64_t entries = row * geometry.inner + within;
+    return entries < numel ? entries : numel;
+}
+
+SPARSE_OPTIM_HOST_DEVICE int64_t global_index(int64_t local, const Geometry& geometry) {
+    return geometry.offset + local / geometry.inner * geometry.stride + local % geometry.inner;
+}
 
 // How many entries of the first tile lie before this tensor, where its entries are a run of the full
 // tensor's.
-int64_t lead_of(const Geometry& geometry, int64_t numel);
+inline int64_t lead_of(const Geometry& geometry, int64_t numel) {
+    return geometry.inner >= numel ? geometry.offset % kBlock : 0;
+}
+
+// Both devices have these. What they need of memory, the caller allots.
 
 namespace cpu {
 
@@ -235,10 +286,29 @@ void gather(GatherCall& call);
 void apply_delta(DeltaCall& call);
 void accumulate(AccumulateCall& call);
 void histogram(HistogramCall& call);
-// fills `places` and returns the number of selected entries per tensor
-std::vector<int64_t> count_selected(CompactCall& call);
+// how many `places` and `sums` a call needs
+int64_t places_of(const CompactCall& call);
+int64_t sums_of(const NormCall& call);
+// fills `places` and `totals`
+void count_selected(CompactCall& call);
 void compact(CompactCall& call);
-double norm(NormCall& call);
+void norm(NormCall& call);
 
 }  // namespace cpu
+
+namespace cuda {
+
+void adamw(DenseCall& call);
+void adamw_indexed(IndexedCall& call);
+void gather(GatherCall& call);
+void apply_delta(DeltaCall& call);
+void accumulate(AccumulateCall& call);
+void histogram(HistogramCall& call);
+int64_t places_of(const CompactCall& call);
+int64_t sums_of(const NormCall& call);
+void count_selected(CompactCall& call);
+void compact(CompactCall& call);
+void norm(NormCall& call);
+
+}  // namespace cuda
 }  // namespace sparse_optim

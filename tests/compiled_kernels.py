@@ -51,8 +51,8 @@ def adamw(param=F32, state=F32, mask=EVERYTHING, unselected=0, **changed):
 def indexed(param=F32, **changed):
     constants = {
         "numbers_ptr": None, "grad_scale_ptr": None, "found_inf_ptr": None, "PARAM": param, "GRAD": param,
-        "INDEX": I32, "ARITHMETIC": F32, "COMPACT": False, "AMSGRAD": False, "MASTERS": False,
-        "AGES": False, "NUMBERS": False,
+        "INDEX": I32, "EXP_AVG": F32, "EXP_AVG_SQ": F32, "MAX_EXP_AVG_SQ": None, "MASTER": None, "AGE": None,
+        "ARITHMETIC": F32, "COMPACT": False, "NUMBERS": False,
     }  # fmt: skip
     return kernels._adamw_indexed_kernel, GRADS, constants | changed, 4
 
@@ -99,8 +99,8 @@ VARIANTS = {
     "adamw_ rounded": adamw(BF16, BF16, ROUNDED=True),
     "adamw_ and squares": adamw(KIND=0),
     "adamw_indexed_ float32": indexed(),
-    "adamw_indexed_ bfloat16, masters": indexed(BF16, MASTERS=True),
-    "adamw_indexed_ ages": indexed(AGES=True),
+    "adamw_indexed_ bfloat16, masters": indexed(BF16, MASTER=F32),
+    "adamw_indexed_ ages": indexed(AGE=I32),
     "accumulate_ squares": accumulate(F32, F32),
     "accumulate_ squares, bfloat16": accumulate(BF16, BF16),
     "histogram first round": histogram(),

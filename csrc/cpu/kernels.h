@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -29,5 +31,16 @@ const Kernels& kernels();
 std::vector<std::string> levels();
 // false: this machine has no such level
 bool use_level(const std::string& level);
+
+// a thread that gets fewer blocks is hardly worth waking: 16 thousand entries take some 10 microseconds
+constexpr int64_t kBlocksPerThread = 16;
+
+template <typename Call>
+void run(void (*kernel)(Call&, int64_t, int64_t), Call& call) {
+    if (call.blocks.total() != 0) {
+        torch::stable::parallel_for(0, call.blocks.total(), kBlocksPerThread,
+                                    [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+    }
+}
 
 }  // namespace sparse_optim::cpu

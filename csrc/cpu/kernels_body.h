@@ -489,7 +489,7 @@ bool accumulate_entries(float* __restrict statistic, const float* __restrict gra
 // Adds a block of gradients to a statistic; `values` is room for one, and has the new statistic at the end
 // unless it is float32 already. Returns where it lies.
 const float* accumulate_block(Kind kind, const Array& statistic, int64_t start, int64_t count,
-                              const float* grad, float scale, bool& nonfinite, float* values) {
+                              const float* grad, float scale, bool* nonfinite, float* values) {
     float* const total = load(statistic, start, count, values);
     bool found = false;
     switch (kind) {
@@ -504,7 +504,7 @@ const float* accumulate_block(Kind kind, const Array& statistic, int64_t start, 
             break;
     }
     if (found) {
-        __atomic_store_n(&nonfinite, true, __ATOMIC_RELAXED);
+        __atomic_store_n(nonfinite, true, __ATOMIC_RELAXED);
     }
     store(total, at(statistic, start), statistic.dtype, count, nullptr);
     return total;
@@ -599,8 +599,9 @@ void adamw_block(const DenseCall& call, DenseTensor& tensor, const AdamwScalars<
         } else {
             observed = load(tensor.grad, start, count, scratch.statistic_grad);
         }
-        accumulate_block(call.kind, tensor.statistic, start, count, observed, tensor.statistic_scale,
-                         tensor.nonfinite, scratch.statistic);
+        accumulate_block(call.kind, tensor.statistic, start, count, observed,
+                         static_cast<float>(tensor.statistic_scale.value), tensor.nonfinite,
+                         scratch.statistic);
     }
 
     const uint32_t* selected = nullptr;
@@ -673,7 +674,7 @@ void adamw_blocks(DenseCall& call, int64_t index, int64_t begin, int64_t end) {
     DenseTensor& tensor = call.tensors[static_cast<size_t>(index)];
     const Hyperparameters& h = call.hyper;
     const auto scalars = adamw_scalars<T>(h.lr, h.beta1, h.beta2, h.eps, h.weight_decay);
-    const auto correction = bias_correction<T>(h.lr, h.beta1, h.beta2, tensor.step);
+    const auto correction = bias_correction<T>(h.lr, h.beta1, h.beta2, tensor.step.value);
     DenseScratch<T> scratch;
     for (int64_t block = begin; block < end; ++block) {
         const Span span = span_of(block - call.blocks.first(index), tensor.lead, tensor.mask.numel);
@@ -902,7 +903,7 @@ void adamw_indexed_blocks(IndexedCall& call, int64_t index, int64_t begin, int64
     IndexedTensor& tensor = call.tensors[static_cast<size_t>(index)];
     const Hyperparameters& h = call.hyper;
     const auto scalars = adamw_scalars<T>(h.lr, h.beta1, h.beta2, h.eps, h.weight_decay);
-    const auto correction = bias_correction<T>(h.lr, h.beta1, h.beta2, tensor.step);
+    const auto correction = bias_correction<T>(h.lr, h.beta1, h.beta2, tensor.step.value);
     const int64_t together = is_sparse(tensor.indices, tensor.numel) ? kBlock : kTogether;
     Cohorts<T> cohorts;
     IndexedScratch<T> scratch;
@@ -1117,7 +1118,7 @@ void histogram_block(const HistogramCall& call, const HistogramTensor& tensor, i
                      float* buffer, Bins& bins) {
     const float* const scores = load(tensor.scores, start, count, buffer);
     if (counts_first_bits(call, tensor)) {
-        if (tensor.prefix == 0) {
+        if (*tensor.prefix == 0) {
             count_first_bits<kMagnitude>(scores, count, bins);
         }
         return;
@@ -1125,7 +1126,7 @@ void histogram_block(const HistogramCall& call, const HistogramTensor& tensor, i
     // a shift by 32 or more leaves nothing of a key, and one by 64 is undefined
     const int low = low_bits(tensor.scores.dtype), shift = std::min(call.shift + low, 63);
     const int above = call.among_ties ? low : std::min(shift + call.width, 32);
-    const int64_t wanted = call.among_ties ? tensor.tie : tensor.prefix;
+    const int64_t wanted = call.among_ties ? *tensor.tie : *tensor.prefix;
     if (wanted < 0 || wanted >> (32 - above) != 0) {
         return;
     }
@@ -1146,9 +1147,8 @@ void histogram_block(const HistogramCall& call, const HistogramTensor& tensor, i
     }
     const Geometry& geometry = tensor.geometry;
     for (int64_t i = 0; i < found; ++i) {
-        const int64_t local = start + positions[i], row = local / geometry.inner;
-        const int64_t global = geometry.offset + row * geometry.stride + local % geometry.inner;
-        if (global >> (call.shift + call.width) == tensor.prefix) {
+        const int64_t global = global_index(start + positions[i], geometry);
+        if (global >> (call.shift + call.width) == *tensor.prefix) {
             ++bins.counts[0][static_cast<uint64_t>(global >> call.shift) & last];
         }
     }
@@ -1188,8 +1188,9 @@ void accumulate(AccumulateCall& call, int64_t begin, int64_t end) {
         AccumulateTensor& tensor = call.tensors[static_cast<size_t>(index)];
         const Span span = span_of(block - call.blocks.first(index), 0, tensor.numel);
         const float* const grad = load(tensor.grad, span.start, span.count, grads);
-        const float* statistic = accumulate_block(call.kind, tensor.statistic, span.start, span.count, grad,
-                                                  tensor.scale, tensor.nonfinite, totals);
+        const float* statistic =
+            accumulate_block(call.kind, tensor.statistic, span.start, span.count, grad,
+                             static_cast<float>(tensor.scale.value), tensor.nonfinite, totals);
         if (!counts) {
             continue;
         }
@@ -1225,7 +1226,7 @@ void count_selected(CompactCall& call, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < span.count; ++i) {
             count -= static_cast<int32_t>(selected[i]);  // all ones is -1
         }
-        call.places[static_cast<size_t>(block)] = count;
+        call.places[block] = count;
     }
 }
 
@@ -1262,7 +1263,7 @@ void compact(CompactCall& call, int64_t begin, int64_t end) {
         }
         alignas(64) uint32_t positions[kBlock + 8];
         const int64_t found = list_positions(selected, span.count, positions);
-        const int64_t place = call.places[static_cast<size_t>(block)];
+        const int64_t place = call.places[block];
         tensor.is_64_bit ? put_indices<int64_t>(positions, found, span.start, tensor.indices, place)
                          : put_indices<int32_t>(positions, found, span.start, tensor.indices, place);
     }
@@ -1342,7 +1343,7 @@ void norm(NormCall& call, int64_t begin, int64_t end) {
             const Span span = span_of(number, tensor.lead, tensor.mask.numel);
             sum = norm_of_selected(call, tensor, span.start, span.count, scratch);
         }
-        call.sums[static_cast<size_t>(block)] = sum;
+        call.sums[block] = sum;
     }
 }
 

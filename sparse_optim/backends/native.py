@@ -51,16 +51,34 @@ def why_not(device: torch.device | None) -> str:
     return f"it has no verbs for {device.type} tensors"
 
 
-def _number(value: float | Tensor) -> float:
-    return value.item() if isinstance(value, Tensor) else value
+class _Numbers:
+    """Hyperparameters as the operators take them. What lies on a GPU stays there, unless the steps are
+    counted on the host: these must be known there, so that the rest is read out as well.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Tensor],
+        lr: float | Tensor,
+        beta1: float | Tensor,
+        beta2: float | Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        there = _counted_there(steps)
+        self.skipped = found_inf is not None and not there and bool(found_inf.item())
+        given = (lr, beta1, beta2)
+        kept = [x if there and isinstance(x, Tensor) else None for x in given]
+        self.values = [
+            0.0 if k is not None else x.item() if isinstance(x, Tensor) else x
+            for k, x in zip(kept, given, strict=True)
+        ]
+        self.tensors = (*kept, grad_scale, found_inf if there else None)
 
 
-def _factor(grad_scale: Tensor | None) -> float:
-    return 1.0 if grad_scale is None else float(grad_scale.item())
-
-
-def _skipped(found_inf: Tensor | None) -> bool:
-    return found_inf is not None and bool(found_inf.item())
+def _counted_there(steps: Sequence[Tensor]) -> bool:
+    """Whether a kernel counts the steps."""
+    return bool(steps) and isinstance(steps[0], Tensor) and not steps[0].is_cpu
 
 
 def _flat(geometries: Sequence[Geometry] | None) -> list[int]:
@@ -110,7 +128,8 @@ def adamw_(
     differentiable: bool = False,
 ) -> None:
     """See `reference.adamw_`. Each gradient is read once, for the statistic and for the update."""
-    if not params or _skipped(found_inf):
+    numbers = _Numbers(steps, lr, beta1, beta2, grad_scale, found_inf)
+    if not params or numbers.skipped:
         return
     _ops.adamw_(
         params,
@@ -119,13 +138,11 @@ def adamw_(
         exp_avg_sqs,
         max_exp_avg_sqs,
         steps,
-        _number(lr),
-        _number(beta1),
-        _number(beta2),
+        *numbers.values,
         eps,
         weight_decay,
         maximize,
-        _factor(grad_scale),
+        *numbers.tensors,
         _flat(geometries),
         bits or (),
         _drawn(seeded),
@@ -165,7 +182,8 @@ def adamw_indexed_(
     differentiable: bool = False,
 ) -> None:
     """See `reference.adamw_indexed_`."""
-    if not params or _skipped(found_inf):
+    numbers = _Numbers(steps, lr, beta1, beta2, grad_scale, found_inf)
+    if not params or numbers.skipped:
         return
     _ops.adamw_indexed_(
         params,
@@ -177,13 +195,11 @@ def adamw_indexed_(
         masters,
         ages,
         steps,
-        _number(lr),
-        _number(beta1),
-        _number(beta2),
+        *numbers.values,
         eps,
         weight_decay,
         maximize,
-        _factor(grad_scale),
+        *numbers.tensors,
         compact_grads,
     )
     _wrote_to(params)

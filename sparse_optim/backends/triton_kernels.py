@@ -51,7 +51,7 @@ _NUMEL, _ALIGNED, _OFFSET, _INNER, _STRIDE, _KEY, _ROUNDING_KEY, _FIRST_TILE = (
     tl.constexpr(n) for n in range(8, 16)
 )
 # the same places under other names, for verbs on lists of entries
-_INDICES, _MASTER, _AGE, _LISTED_STEP = _MASK, _STATISTIC, _NONFINITE, _STEP
+_INDICES, _MASTER, _AGE = _MASK, _STATISTIC, _NONFINITE
 _COLUMNS = tl.constexpr(16)
 
 _EVERYTHING, _BITS, _SEEDED, _SCORES, _ONE_WORD = (tl.constexpr(n) for n in range(5))
@@ -135,12 +135,14 @@ class _Table:
         rows[:, _NUMEL.value] = numels
         rows[:, _FIRST_TILE.value] = tiles.cumsum(0) - tiles
         addresses = rows[:, : _NONFINITE.value]
-        offset, inner, stride = (rows[:, column] % 1024 == 0 for column in (10, 11, 12))
+        geometry = (_OFFSET.value, _INNER.value, _STRIDE.value)
+        offset, inner, stride = (rows[:, column] % 1024 == 0 for column in geometry)
         # then 1024 local entries that begin at a multiple of 1024 are one tile of the seeded rule
         whole_tiles = offset & ((rows[:, _INNER.value] >= rows[:, _NUMEL.value]) | (inner & stride))
         rows[:, _ALIGNED.value] = (addresses % 16 == 0).all(1) & whole_tiles
         self.rows = _to_device(rows, device)
         self.owner = _owners(device, stream, tuple(self.tiles))
+        self.is_checked = False
         self._last: tuple[int, ...] = ()
         self._gradients = torch.zeros(count, dtype=torch.int64, device=device)
         self._numbers: Tensor | None = None
@@ -149,6 +151,8 @@ class _Table:
         """The addresses of this step's gradients, on the device."""
         addresses = tuple(map(Tensor.data_ptr, grads))
         if addresses != self._last:
+            if not self._last:
+                _check_devices(self.device, grads)
             _refuse_capture(self.device)
             self._gradients.copy_(_pinned(_int64(addresses), self.device), non_blocking=True)
             self._last = addresses
@@ -216,7 +220,14 @@ def _table(
         stream = torch.cuda.current_stream(device).cuda_stream
     elif device.type == "xpu":
         stream = torch.xpu.current_stream(device).sycl_queue
-    return _remembered_table(device, stream, _as_numbers(columns), tuple(lengths), tile)
+    table = _remembered_table(device, stream, _as_numbers(columns), tuple(lengths), tile)
+    # once for each table: an address belongs to one device for as long as the process lives
+    if not table.is_checked:
+        for values in columns.values():
+            if values and isinstance(values[0], Tensor):
+                _check_devices(device, values)
+        table.is_checked = True
+    return table
 
 
 def _as_numbers(columns: dict[tl.constexpr, Any]) -> _Columns:
@@ -228,7 +239,24 @@ def _as_numbers(columns: dict[tl.constexpr, Any]) -> _Columns:
     )
 
 
-_DTYPE, _DEVICE = operator.attrgetter("dtype"), operator.attrgetter("device")
+_DTYPE, _DEVICE, _IS_CPU = map(operator.attrgetter, ("dtype", "device", "is_cpu"))
+
+
+def _check_devices(device: torch.device, tensors: Sequence[Tensor]) -> None:
+    """A kernel would follow the address of a tensor that lies elsewhere."""
+    for elsewhere in set(map(_DEVICE, tensors)) - {device}:
+        raise RuntimeError(
+            f"everything that belongs to a parameter on {device} must be there too, got a tensor on "
+            f"{elsewhere}; move it, or make it with device={str(device)!r}."
+        )
+
+
+def _share_a_device(tensors: Sequence[Tensor]) -> bool:
+    if tensors[0].is_cpu:
+        return all(map(_IS_CPU, tensors))
+    # accelerators have numbers from 0 on, and a process has one type of them; devices take twice as long
+    places = set(map(Tensor.get_device, tensors))
+    return len(places) == 1 and min(places) >= 0
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -246,7 +274,7 @@ def _groups(*columns: Sequence[Tensor]) -> list[list[int]]:
     """Places of the tensors that can share a launch: those with the same device and dtypes."""
     filled = [column for column in columns if column]
     alike = all(len(set(map(_DTYPE, column))) == 1 for column in filled)
-    if alike and len(set(map(_DEVICE, filled[0] if filled else ()))) == 1:
+    if filled and alike and _share_a_device(filled[0]):
         return [list(range(len(filled[0])))]
     found: dict[tuple[object, ...], list[int]] = {}
     for i, tensors in enumerate(zip(*filled, strict=True)):
@@ -455,6 +483,16 @@ def power(base: float, exponent: int) -> float:
 
 
 @triton.jit
+def _load_numbers(numbers_ptr, tensor):
+    """The numbers of one tensor's update, where they are not the same for all."""
+    row_ptr = numbers_ptr + tensor * _NUMBERS
+    decay, weight1 = tl.load(row_ptr), tl.load(row_ptr + 1)
+    beta2, weight2 = tl.load(row_ptr + 2), tl.load(row_ptr + 3)
+    eps, step_size, correction2 = tl.load(row_ptr + 4), tl.load(row_ptr + 5), tl.load(row_ptr + 6)
+    return decay, weight1, beta2, weight2, eps, step_size, correction2
+
+
+@triton.jit
 def _adamw_entries(
     param, grad, exp_avg, exp_avg_sq, largest, decay, weight1, beta2, weight2, eps, step_size, correction2,
     amsgrad: tl.constexpr,
@@ -520,10 +558,8 @@ def _adamw_block(
         old_largest.to(ARITHMETIC), decay, weight1, beta2, weight2, eps, step_size, correction2, AMSGRAD,
     )  # fmt: skip
     new_param = _round_stochastically(param, word) if ROUNDED else _stored(param, old_param.dtype)
-    new_exp_avg, new_exp_avg_sq = (
-        _stored(exp_avg, old_exp_avg.dtype),
-        _stored(exp_avg_sq, old_exp_avg_sq.dtype),
-    )
+    new_exp_avg = _stored(exp_avg, old_exp_avg.dtype)
+    new_exp_avg_sq = _stored(exp_avg_sq, old_exp_avg_sq.dtype)
     new_largest = _stored(largest, old_largest.dtype)
     # unselected entries are written back as they were read: a store with a mask could not be 128 bits wide
     if MASKED and UNSELECTED != _ZERO_GRAD:
@@ -571,26 +607,16 @@ def _adamw_kernel(
     nonfinite_ptr = tl.load(row_ptr + _NONFINITE).to(tl.pointer_type(tl.uint8))
 
     if NUMBERS:
-        numbers_ptr += tensor * _NUMBERS
-        decay, weight1 = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
-        beta2, weight2 = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
-        eps, step_size = tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
-        correction2 = tl.load(numbers_ptr + 6)
+        decay, weight1, beta2, weight2, eps, step_size, correction2 = _load_numbers(numbers_ptr, tensor)
     # tl.full takes arguments, loaded values and the plain floats of the interpreter alike
     decay, weight1 = tl.full([], decay, ARITHMETIC), tl.full([], weight1, ARITHMETIC)
     beta2, weight2 = tl.full([], beta2, ARITHMETIC), tl.full([], weight2, ARITHMETIC)
     eps, step_size = tl.full([], eps, ARITHMETIC), tl.full([], step_size, ARITHMETIC)
     correction2, rescale = tl.full([], correction2, ARITHMETIC), tl.full([], rescale, ARITHMETIC)
     factor = tl.full([], sign, ARITHMETIC)
-    seed, draw, last_word = (
-        tl.full([], seed, tl.uint64),
-        tl.full([], draw, tl.uint32),
-        tl.full([], last_word, tl.uint32),
-    )
-    rounding_seed, rounding_draw = (
-        tl.full([], rounding_seed, tl.uint64),
-        tl.full([], rounding_draw, tl.uint32),
-    )
+    seed, rounding_seed = tl.full([], seed, tl.uint64), tl.full([], rounding_seed, tl.uint64)
+    draw, rounding_draw = tl.full([], draw, tl.uint32), tl.full([], rounding_draw, tl.uint32)
+    last_word = tl.full([], last_word, tl.uint32)
     if grad_scale_ptr is not None:
         factor = factor * tl.load(grad_scale_ptr).to(ARITHMETIC)
     statistic_scale = 1.0
@@ -737,7 +763,7 @@ _ONE = torch.ones((), device="cpu")
 
 
 class _Clock:
-    """Counts the steps of all tensors, and gives each launch the numbers of its update.
+    """Counts the steps of the tensors of a launch, and gives it the numbers of their updates.
 
     Steps on the host are read there; if all tensors agree, as they usually do, the numbers are arguments of
     the launch. Steps on the device stay there, with the learning rate and the betas where these are tensors.
@@ -754,26 +780,19 @@ class _Clock:
         eps: float,
         weight_decay: float,
     ) -> None:
-        self.skipped = False
+        self._steps, self._found_inf = steps, found_inf
+        self._hyper = lr, beta1, beta2
         self._eps, self._weight_decay = eps, weight_decay
-        tensors = any(isinstance(x, Tensor) for x in (lr, beta1, beta2))
-        here = set(map(_DEVICE, steps))
-        self.on_device = here == {device} and (device.type != "cpu" or tensors)
-        self._steps, self.found_inf = steps, found_inf
-        self._hyper: tuple[float | Tensor, ...] = (lr, beta1, beta2)
-        if self.on_device:
-            return
-        self.found_inf = None
-        if found_inf is not None and found_inf.item():
-            self.skipped = True
-            return
-        self._hyper = tuple(x.item() if isinstance(x, Tensor) else x for x in (lr, beta1, beta2))
-        # a tensor and not a number, which would be made into a tensor anew for every step
-        if here == {_ONE.device} and steps[0].is_floating_point():
-            torch._foreach_add_(list(steps), _ONE, alpha=1.0)
+        self._on_host = all(map(_IS_CPU, steps))
+        if device.type == "cpu":
+            self.on_device = self._on_host and any(isinstance(x, Tensor) for x in self._hyper)
         else:
-            torch._foreach_add_(list(steps), 1)
-        self._counts = list(map(Tensor.item, steps))
+            self.on_device = not self._on_host and set(map(_DEVICE, steps)) == {device}
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """What the launch has to look at itself."""
+        return self._found_inf if self.on_device else None
 
     def _numbers_of(self, count: float, with_ages: bool) -> tuple[float, ...]:
         lr, beta1, beta2 = (float(x) for x in self._hyper)
@@ -784,24 +803,30 @@ class _Clock:
         decay = 1 - lr * self._weight_decay
         return decay, 1 - beta1, beta2, 1 - beta2, self._eps, lr / correction1, math.sqrt(correction2)
 
-    def numbers(
-        self, table: _Table, places: list[int], *, as_table: bool = False, with_ages: bool = False
-    ) -> tuple[tuple[float, ...], Tensor | None]:
-        """The seven numbers for the tensors of a launch, as values or as a table."""
+    def count(
+        self, table: _Table, *, as_table: bool = False, with_ages: bool = False
+    ) -> tuple[tuple[float, ...], Tensor | None] | None:
+        """Counts one step, and returns the seven numbers of each tensor, as values or as a table; None where
+        the host finds an infinity.
+        """
         none = (0.0,) * _NUMBERS.value
         if self.on_device:
-            lr, beta1, beta2 = self._hyper
-            pointers = [
-                _scalar(x, table.device) if isinstance(x, Tensor) else None for x in (lr, beta1, beta2)
-            ]
-            values = [0.0 if isinstance(x, Tensor) else x for x in (lr, beta1, beta2)]
-            step = _TL[self._steps[places[0]].dtype]
-            _clock_kernel[(len(places),)](
+            pointers = [_scalar(x, table.device) if isinstance(x, Tensor) else None for x in self._hyper]
+            values = [0.0 if isinstance(x, Tensor) else x for x in self._hyper]
+            _clock_kernel[(len(self._steps),)](
                 table.rows, table.numbers(), _scalar(self.found_inf, table.device), *pointers, *values,
-                self._eps, self._weight_decay, step, with_ages, num_warps=1, enable_fp_fusion=False,
+                self._eps, self._weight_decay, _TL[self._steps[0].dtype], with_ages,
+                num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
             return none, table.numbers()
-        counts = _pick(self._counts, places)
+        if self._found_inf is not None and self._found_inf.item():
+            return None
+        # a tensor and not a number, which would be made into a tensor anew for every step
+        if self._on_host and self._steps[0].is_floating_point():
+            torch._foreach_add_(list(self._steps), _ONE, alpha=1.0)
+        else:
+            torch._foreach_add_(list(self._steps), 1)
+        counts = list(map(Tensor.item, self._steps))
         if not as_table and counts.count(counts[0]) == len(counts):
             return self._numbers_of(counts[0], with_ages), None
         known = {count: self._numbers_of(count, with_ages) for count in set(counts)}
@@ -889,8 +914,6 @@ def adamw_(
         group_statistics = flat(_pick(statistics, places))
         device, group_steps = group[0].device, _pick(steps, places)
         clock = _Clock(group_steps, device, found_inf, lr, beta1, beta2, eps, weight_decay)
-        if clock.skipped:
-            continue
         rounded = rounding is not None and group[0].dtype == torch.bfloat16
         columns: dict[tl.constexpr, Any] = {
             _PARAM: group,
@@ -909,10 +932,10 @@ def adamw_(
         )
         with _on(device):
             table = _table(device, columns, list(map(Tensor.numel, group)))
-            everyone = list(range(len(group)))
-            numbers, numbers_table = clock.numbers(table, everyone, as_table=group[0].dtype == torch.float64)
-            if not table.programs:
+            counted = clock.count(table, as_table=group[0].dtype == torch.float64)
+            if counted is None or not table.programs:
                 continue
+            numbers, numbers_table = counted
             cut_keys, last_ties = (None, None) if cuts is None else [_of(c, places, device) for c in cuts]
             rounding_seed, rounding_draw, _, _ = _drawn(rounding if rounded else None)
             dtypes = [_TL[column[0].dtype] for column in (group, group_grads, moments[0], moments[1])]
@@ -947,11 +970,11 @@ def _adamw_indexed_kernel(
     table_ptr, owner_ptr, grads_ptr, numbers_ptr, grad_scale_ptr, found_inf_ptr,
     decay: tl.float64, weight1: tl.float64, beta2: tl.float64, weight2: tl.float64, eps: tl.float64,
     step_size: tl.float64, correction2: tl.float64, sign: tl.float64,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, INDEX: tl.constexpr, ARITHMETIC: tl.constexpr,
-    COMPACT: tl.constexpr, AMSGRAD: tl.constexpr, MASTERS: tl.constexpr, AGES: tl.constexpr,
-    NUMBERS: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, INDEX: tl.constexpr, EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr, MAX_EXP_AVG_SQ: tl.constexpr, MASTER: tl.constexpr, AGE: tl.constexpr,
+    ARITHMETIC: tl.constexpr, COMPACT: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """One program updates 1024 listed entries of one tensor."""
+    """One program updates 1024 listed entries of one tensor. The dtype of what it does not have is None."""
     if found_inf_ptr is not None:
         if tl.load(found_inf_ptr) != 0:
             return
@@ -960,11 +983,7 @@ def _adamw_indexed_kernel(
     start = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _LISTED
     count = tl.load(row_ptr + _NUMEL)
     if NUMBERS:
-        numbers_ptr += tensor * _NUMBERS
-        decay, weight1 = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
-        beta2, weight2 = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
-        eps, step_size = tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
-        correction2 = tl.load(numbers_ptr + 6)
+        decay, weight1, beta2, weight2, eps, step_size, correction2 = _load_numbers(numbers_ptr, tensor)
     # where entries have ages, the last two numbers are the learning rate and the first beta
     lr, beta1 = tl.full([], step_size, tl.float64), tl.full([], correction2, tl.float64)
     beta2_double = tl.full([], beta2, tl.float64)
@@ -977,11 +996,8 @@ def _adamw_indexed_kernel(
     param_ptr = tl.load(row_ptr + _PARAM).to(tl.pointer_type(PARAM))
     grad_ptr = tl.load(grads_ptr + tensor).to(tl.pointer_type(GRAD))
     index_ptr = tl.load(row_ptr + _INDICES).to(tl.pointer_type(INDEX)) + start
-    exp_avg_ptr = tl.load(row_ptr + _EXP_AVG).to(tl.pointer_type(ARITHMETIC)) + start
-    exp_avg_sq_ptr = tl.load(row_ptr + _EXP_AVG_SQ).to(tl.pointer_type(ARITHMETIC)) + start
-    largest_ptr = tl.load(row_ptr + _MAX_EXP_AVG_SQ).to(tl.pointer_type(ARITHMETIC)) + start
-    master_ptr = tl.load(row_ptr + _MASTER).to(tl.pointer_type(ARITHMETIC)) + start
-    age_ptr = tl.load(row_ptr + _AGE).to(tl.pointer_type(tl.int32)) + start
+    exp_avg_ptr = tl.load(row_ptr + _EXP_AVG).to(tl.pointer_type(EXP_AVG)) + start
+    exp_avg_sq_ptr = tl.load(row_ptr + _EXP_AVG_SQ).to(tl.pointer_type(EXP_AVG_SQ)) + start
     # no hint of alignment here: what is wide for the list would have to be exchanged between threads before
     # it can be gathered by
     offs = tl.arange(0, _LISTED)
@@ -992,30 +1008,35 @@ def _adamw_indexed_kernel(
         grad = tl.load(grad_ptr + start + offs, mask=in_range, other=0)
     else:
         grad = tl.load(grad_ptr + index, mask=in_range, other=0)
-    exp_avg = tl.load(exp_avg_ptr + offs, mask=in_range, other=0)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=in_range, other=0)
-    largest = tl.load(largest_ptr + offs, mask=in_range, other=0) if AMSGRAD else exp_avg_sq
+    exp_avg = tl.load(exp_avg_ptr + offs, mask=in_range, other=0).to(ARITHMETIC)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=in_range, other=0).to(ARITHMETIC)
+    largest = exp_avg_sq
+    if MAX_EXP_AVG_SQ is not None:
+        largest_ptr = tl.load(row_ptr + _MAX_EXP_AVG_SQ).to(tl.pointer_type(MAX_EXP_AVG_SQ)) + start
+        largest = tl.load(largest_ptr + offs, mask=in_range, other=0).to(ARITHMETIC)
     value = old_param.to(ARITHMETIC)
-    if MASTERS:
+    if MASTER is not None:
         # somebody wrote to a parameter that is no longer its rounded master: the master restarts there
+        master_ptr = tl.load(row_ptr + _MASTER).to(tl.pointer_type(MASTER)) + start
         master = tl.load(master_ptr + offs, mask=in_range, other=0)
-        value = tl.where(_stored(master, PARAM).to(ARITHMETIC) == value, master, value)
-    if AGES:
+        value = tl.where(_stored(master, PARAM).to(ARITHMETIC) == value, master.to(ARITHMETIC), value)
+    if AGE is not None:
+        age_ptr = tl.load(row_ptr + _AGE).to(tl.pointer_type(AGE)) + start
         age = tl.load(age_ptr + offs, mask=in_range, other=0) + 1
         tl.store(age_ptr + offs, age, mask=in_range)
         step_size = (lr / (1 - _power(beta1, age))).to(ARITHMETIC)
         correction2 = tl.sqrt(1 - _power(beta2_double, age)).to(ARITHMETIC)
     value, exp_avg, exp_avg_sq, largest = _adamw_entries(
         value, grad.to(ARITHMETIC) * factor, exp_avg, exp_avg_sq, largest, decay, weight1, beta2, weight2,
-        eps, step_size, correction2, AMSGRAD,
+        eps, step_size, correction2, MAX_EXP_AVG_SQ is not None,
     )  # fmt: skip
     tl.store(param_ptr + index, _stored(value, PARAM), mask=in_range)
-    tl.store(exp_avg_ptr + offs, exp_avg, mask=in_range)
-    tl.store(exp_avg_sq_ptr + offs, exp_avg_sq, mask=in_range)
-    if AMSGRAD:
-        tl.store(largest_ptr + offs, largest, mask=in_range)
-    if MASTERS:
-        tl.store(master_ptr + offs, value, mask=in_range)
+    tl.store(exp_avg_ptr + offs, _stored(exp_avg, EXP_AVG), mask=in_range)
+    tl.store(exp_avg_sq_ptr + offs, _stored(exp_avg_sq, EXP_AVG_SQ), mask=in_range)
+    if MAX_EXP_AVG_SQ is not None:
+        tl.store(largest_ptr + offs, _stored(largest, MAX_EXP_AVG_SQ), mask=in_range)
+    if MASTER is not None:
+        tl.store(master_ptr + offs, _stored(value, MASTER), mask=in_range)
 
 
 def adamw_indexed_(
@@ -1042,44 +1063,41 @@ def adamw_indexed_(
 ) -> None:
     """See reference.adamw_indexed_. Launches as `adamw_`."""
     del differentiable
-    for places in _groups(params, grads, indices, steps):
+    states = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, ages)
+    for places in _groups(params, grads, indices, *states, steps):
         flat = _Flat()
         group, group_steps = flat(_pick(params, places)), _pick(steps, places)
         group_grads, device = flat(_pick(grads, places), written=False), group[0].device
         lists = flat(_pick(indices, places), written=False)
+        group_states = [flat(_pick(column, places)) for column in states]
+        exp_avg, exp_avg_sq, largest, group_masters, group_ages = group_states
         clock = _Clock(group_steps, device, found_inf, lr, beta1, beta2, eps, weight_decay)
-        if clock.skipped:
-            continue
         columns: dict[tl.constexpr, Any] = {
             _PARAM: group,
-            _EXP_AVG: flat(_pick(exp_avgs, places)),
-            _EXP_AVG_SQ: flat(_pick(exp_avg_sqs, places)),
-            _MAX_EXP_AVG_SQ: flat(_pick(max_exp_avg_sqs, places)),
             _INDICES: lists,
-            _MASTER: flat(_pick(masters, places)),
-            _AGE: flat(_pick(ages, places)),
+            _EXP_AVG: exp_avg,
+            _EXP_AVG_SQ: exp_avg_sq,
+            _MAX_EXP_AVG_SQ: largest,
+            _MASTER: group_masters,
+            _AGE: group_ages,
             _STEP: group_steps if clock.on_device else (),
         }
         double = group[0].dtype == torch.float64
         with _on(device):
             table = _table(device, columns, list(map(Tensor.numel, lists)), LISTED)
-            numbers, numbers_table = clock.numbers(
-                table, list(range(len(group))), as_table=double, with_ages=bool(ages)
-            )
-            if not table.programs:
+            counted = clock.count(table, as_table=double, with_ages=bool(ages))
+            if counted is None or not table.programs:
                 continue
+            numbers, numbers_table = counted
+            used = (group, group_grads, lists, *group_states)
+            dtypes = [_TL[column[0].dtype] if column else None for column in used]
             _adamw_indexed_kernel[(table.programs,)](
                 table.rows, table.owner, table.gradients(group_grads), numbers_table,
                 _scalar(grad_scale, device), _scalar(clock.found_inf, device),
                 *numbers, -1.0 if maximize else 1.0,
-                PARAM=_TL[group[0].dtype],
-                GRAD=_TL[group_grads[0].dtype],
-                INDEX=_TL[lists[0].dtype],
+                *dtypes,
                 ARITHMETIC=tl.float64 if double else tl.float32,
                 COMPACT=compact_grads,
-                AMSGRAD=bool(max_exp_avg_sqs),
-                MASTERS=bool(masters),
-                AGES=bool(ages),
                 NUMBERS=numbers_table is not None,
                 num_warps=WARPS,
                 enable_fp_fusion=False,
