@@ -31,7 +31,8 @@ struct BiasCorrection {
 };
 
 template <typename T>
-AdamwScalars<T> adamw_scalars(double lr, double beta1, double beta2, double eps, double weight_decay) {
+SPARSE_OPTIM_HOST_DEVICE AdamwScalars<T> adamw_scalars(double lr, double beta1, double beta2, double eps,
+                                                       double weight_decay) {
     const T weight = static_cast<T>(1 - beta1);
     const bool from_grad = !(weight < T(0.5));
     return {static_cast<T>(1 - lr * weight_decay),
@@ -47,6 +48,25 @@ BiasCorrection<T> bias_correction(double lr, double beta1, double beta2, double 
     // pow rather than sqrt: the reference writes ** 0.5
     return {static_cast<T>(-(lr / (1 - std::pow(beta1, step)))),
             static_cast<T>(std::pow(1 - std::pow(beta2, step), 0.5))};
+}
+
+// base to a whole power, by repeated squaring: on a GPU, pow costs many times as much, for each entry that
+// has an age of its own.
+SPARSE_OPTIM_HOST_DEVICE double power(double base, int32_t exponent) {
+    double result = 1;
+    for (uint32_t rest = static_cast<uint32_t>(exponent); rest != 0; rest >>= 1) {
+        result = rest & 1 ? result * base : result;
+        base = base * base;
+    }
+    return result;
+}
+
+// `bias_correction` as a GPU computes it.
+template <typename T>
+SPARSE_OPTIM_HOST_DEVICE BiasCorrection<T> bias_correction_by_squaring(double lr, double beta1, double beta2,
+                                                                       int32_t step) {
+    return {static_cast<T>(-(lr / (1 - power(beta1, step)))),
+            static_cast<T>(std::sqrt(1 - power(beta2, step)))};
 }
 
 // The new values of one entry. `largest` is the largest exp_avg_sq so far, and is used with kAmsgrad only.

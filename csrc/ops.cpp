@@ -33,6 +33,7 @@
 #endif
 
 #if defined(SPARSE_OPTIM_CUDA) && !defined(SPARSE_OPTIM_EMULATED)
+#define SPARSE_OPTIM_ON_GPU 1
 // weak, because it is part of the CUDA builds of torch alone: without it the library still loads
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
@@ -47,10 +48,10 @@ constexpr bool kOnHost = false;
 namespace backend = cpu;
 constexpr bool kOnHost = true;
 #endif
-#if defined(SPARSE_OPTIM_EMULATED)
-constexpr bool kOnGpu = false;
+#if defined(SPARSE_OPTIM_ON_GPU)
+constexpr bool kOnGpu = true;
 #else
-constexpr bool kOnGpu = !kOnHost;
+constexpr bool kOnGpu = false;
 #endif
 
 using torch::headeronly::ScalarType;
@@ -140,7 +141,7 @@ class Place {
         }
         index_ = tensors[0].get_device_index();
         guard_.emplace(index_);
-#if defined(SPARSE_OPTIM_CUDA) && !defined(SPARSE_OPTIM_EMULATED)
+#if defined(SPARSE_OPTIM_ON_GPU)
         STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                         "the CUDA verbs need a CUDA build of torch, got one without; install one.");
         STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_) == 0,
@@ -647,9 +648,9 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
             tensor.rounding_key = rounds.keys[i];
         }
         // blocks that are whole tiles of random words, where there are such words
-        const bool draws =
+        tensor.draws =
             tensor.mask.form == Form::kSeeded || (rounds.given && tensor.param.dtype == Dtype::kBFloat16);
-        tensor.lead = draws ? lead_of(geometry, numel) : 0;
+        tensor.lead = tensor.draws ? lead_of(geometry, numel) : 0;
         call.blocks.add(numel, tensor.lead);
         call.tensors.push_back(tensor);
     }
@@ -956,7 +957,16 @@ void apply_delta_(Tensors params, Tensors indices, Tensors values, std::string m
     check_indices_were_inside(call.bad_index);
 }
 
-#if !defined(SPARSE_OPTIM_CUDA)
+#if defined(SPARSE_OPTIM_ON_GPU)
+
+std::string gpu_problem(int64_t gpu) {
+    if (aoti_torch_get_current_cuda_stream == nullptr) {
+        return "torch is not a CUDA build";
+    }
+    return cuda::problem(static_cast<int32_t>(gpu));
+}
+
+#elif !defined(SPARSE_OPTIM_CUDA)
 
 // All levels of vector instructions give the same bits: these two are there to test that.
 std::string vector_levels() {
@@ -1040,10 +1050,15 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CUDA, library) {
     implement_verbs(library);
 }
 
+STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CompositeExplicitAutograd, library) {
+    library.impl("gpu_problem", TORCH_BOX(&sparse_optim::gpu_problem));
+}
+
 #else
 
 STABLE_TORCH_LIBRARY(sparse_optim, library) {
     library.def("philox_words(int seed, int draw, int key, int start, int count) -> Tensor");
+    library.def("gpu_problem(int gpu) -> str");
     library.def("vector_levels() -> str");
     library.def("use_vector_level(str level) -> ()");
     define_verbs(library);

@@ -73,7 +73,18 @@ SPARSE_OPTIM_HOST_DEVICE FourWords seeded_words(uint64_t seed, uint32_t draw, ui
 // The word of one entry: for a single decision, or where the neighbours in the other quarters are not wanted.
 SPARSE_OPTIM_HOST_DEVICE uint32_t seeded_word(uint64_t seed, uint32_t draw, uint32_t tensor_key,
                                               uint64_t entry) {
-    return seeded_words(seed, draw, tensor_key, counter_of_entry(entry)).word[quarter_of_entry(entry)];
+    const FourWords four = seeded_words(seed, draw, tensor_key, counter_of_entry(entry));
+    // not word[quarter]: an array with a place that is not known beforehand lies in memory on a GPU
+    switch (quarter_of_entry(entry)) {
+        case 0:
+            return four.word[0];
+        case 1:
+            return four.word[1];
+        case 2:
+            return four.word[2];
+        default:
+            return four.word[3];
+    }
 }
 
 // `threshold` is floor(keep * 2^32). It has 33 bits: keep = 1 selects every word, the largest included.

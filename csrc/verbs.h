@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "dtypes.h"
@@ -105,7 +106,8 @@ struct DenseTensor {
     int64_t lead = 0;
     Mask mask;
     Array param, grad, exp_avg, exp_avg_sq, largest;
-    Number step;  // the new one, or where the old one lies
+    Number step;         // the new one, or where the old one lies
+    bool draws = false;  // random words, for its mask or for rounding
     uint32_t rounding_key = 0;
     Array statistic;
     Number statistic_scale = {1};
@@ -297,6 +299,9 @@ void norm(NormCall& call);
 }  // namespace cpu
 
 namespace cuda {
+
+// why the kernels cannot run on the GPU of that number; empty when they can
+std::string problem(int32_t gpu);
 
 void adamw(DenseCall& call);
 void adamw_indexed(IndexedCall& call);

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import emulated
 from sparse_optim import backends
 from sparse_optim.backends import reference
 from sparse_optim.backends.reference import (
@@ -103,6 +104,8 @@ class OnGPU:
 
 
 BACKENDS = [pytest.param((name, CPU), id=name) for name in backends.available(CPU)]
+if "native" in backends.available(CPU):
+    BACKENDS.append(pytest.param(("emulated", CPU), id="cuda_on_cpu"))
 if torch.cuda.is_available():
     GPU = torch.device("cuda", 0)
     BACKENDS += [pytest.param((name, GPU), id=f"{name}_cuda") for name in backends.available(GPU)]
@@ -111,6 +114,8 @@ if torch.cuda.is_available():
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     name, device = request.param
+    if name == "emulated":
+        return OneAtATime(emulated.load())
     module = backends.resolve(name, device, wants_reference=False)
     if device != CPU:
         return OnGPU(module)

@@ -1,12 +1,13 @@
-"""The verbs in C++ for the CPU: csrc/ says how, `reference` says what. They run through `torch.ops`, where an
-argument that is not given is an empty list.
+"""The verbs in C++ for the CPU and in CUDA C++ for NVIDIA GPUs: csrc/ says how, `reference` says what.
 
-Arithmetic and rounding are the reference's, operation by operation; only the order of the additions in `norm`
-is another, and it does not depend on the number of threads.
+They run through `torch.ops`, where an argument that is not given is an empty list. Arithmetic and rounding
+are the reference's, operation by operation; only the order of the additions in `norm` is another, and it does
+not depend on the number of threads.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 
@@ -22,33 +23,48 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _load() -> str:
-    """Registers the operators; why that cannot be, or nothing."""
-    found = importlib.util.find_spec("._C", __package__.rpartition(".")[0])
-    build = "python setup.py build_ext --inplace"
+_BUILD = "python setup.py build_ext --inplace"
+
+
+def _load(name: str) -> str:
+    """Registers the operators of a library; why that cannot be, or nothing."""
+    found = importlib.util.find_spec(f".{name}", __package__.rpartition(".")[0])
     if found is None or found.origin is None:
-        return f"the native library is not built; `{build}` builds it or says why not"
+        return f"the native library {name} is not built; `{_BUILD}` builds it or says why not"
     try:
         torch.ops.load_library(found.origin)  # type: ignore[no-untyped-call]
     except OSError as error:
         why = f"does not load with torch {torch.__version__} ({error})"
-        return f"the native library {why}; `{build}` rebuilds it"
-    if not hasattr(torch.ops.sparse_optim, "adamw_"):
-        return f"the native library is that of an older version; `{build}` rebuilds it"
+        return f"the native library {name} {why}; `{_BUILD}` rebuilds it"
+    if not hasattr(torch.ops.sparse_optim, "gpu_problem"):
+        return f"the native library {name} is that of an older version; `{_BUILD}` rebuilds it"
     return ""
 
 
-_UNUSABLE = _load()
+_UNUSABLE = _load("_C")
 _ops = torch.ops.sparse_optim
+
+
+@functools.cache
+def _why_not_cuda(index: int | None) -> str:
+    """Why the CUDA verbs cannot run on a GPU; empty when they can. Loads them when first asked for."""
+    if torch.version.cuda is None:
+        return "this torch is not a CUDA build"
+    if unusable := _UNUSABLE or _load("_cuda"):
+        return unusable
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    problem: str = _ops.gpu_problem(torch.cuda.current_device() if index is None else index)
+    return f"its kernels do not run on this GPU ({problem}); `{_BUILD}` builds them for it" if problem else ""
 
 
 def why_not(device: torch.device | None) -> str:
     """Why these verbs cannot update tensors on `device` (None: on any); empty when they can."""
-    if _UNUSABLE or device is None or device.type == "cpu":
+    if device is None or device.type == "cpu":
         return _UNUSABLE
     if device.type == "cuda":
-        return "the CUDA verbs are not part of this version"
-    return f"it has no verbs for {device.type} tensors"
+        return _why_not_cuda(device.index)
+    return _UNUSABLE or f"it has no verbs for {device.type} tensors"
 
 
 class _Numbers:

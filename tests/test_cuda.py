@@ -1,0 +1,222 @@
+"""The CUDA library without a GPU: what nvcc made of it, and what its kernels do on an emulated one. That they
+keep the promises of the verbs is tested in test_backends.py.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+
+import sparse_optim
+from sparse_optim import backends
+from sparse_optim.backends import native, reference
+from sparse_optim.backends.reference import BEYOND_ALL_KEYS, EVERY_TIE, Cuts, Draws
+
+ROOT = Path(sparse_optim.__file__).parent.parent
+LIBRARY = sorted(Path(sparse_optim.__file__).parent.glob("_cuda*.so"))
+# those that `make test` builds for
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+HYPER = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+
+needs_library = pytest.mark.skipif(not LIBRARY, reason="sparse_optim/_cuda is not built: it needs nvcc")
+needs_compiler = pytest.mark.skipif(
+    "native" not in backends.available(torch.device("cpu")), reason="needs the compiler that builds native"
+)
+
+
+def nvcc():
+    """Where setup.py would find it."""
+    program = "import sys; sys.argv = ['setup.py', '--version']; import setup; print(setup.find_nvcc())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.splitlines()[-1] if done.returncode == 0 else "None"
+
+
+def cuobjdump(*arguments):
+    """What CUDA's disassembler says of the library; Triton has a copy of it."""
+    triton = pytest.importorskip("triton")
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [str(program), *arguments, str(LIBRARY[0])]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+def test_where_there_is_a_cuda_compiler_there_is_the_library():
+    if nvcc() == "None":
+        pytest.skip("no nvcc")
+    assert LIBRARY, "nvcc is there, but not sparse_optim/_cuda: `python setup.py build_ext` says why"
+
+
+@needs_library
+def test_the_library_loads_without_a_gpu_and_says_what_it_lacks():
+    program = f"""
+import torch, sparse_optim
+from sparse_optim.backends import native
+assert not native._UNUSABLE
+torch.ops.load_library({str(LIBRARY[0])!r})
+print(torch.ops.sparse_optim.gpu_problem(0))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if not torch.cuda.is_available():
+        assert done.stdout.strip()
+    if torch.version.cuda is None:
+        assert done.stdout.strip() == "torch is not a CUDA build"
+        assert native.why_not(torch.device("cuda")) == "this torch is not a CUDA build"
+
+
+@needs_library
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_keeps_registers_in_memory(architecture):
+    """Registers that do not fit, and arrays with unknown places, end up in a stack or in local memory."""
+    said = cuobjdump("-res-usage", "-arch", architecture)
+    if "Function" not in said:
+        pytest.skip(f"the library was not built for {architecture}")
+    found = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
+    kernels = {name: tuple(map(int, numbers)) for name, *numbers in found}
+    for needed in ("update_dense", "update_listed", "accumulate_tiles", "count_tiles", "norm_of_selected"):
+        assert any(needed in name for name in kernels), (needed, said[:2000])
+    for name, (_, stack, shared, local) in kernels.items():
+        assert stack == 0 and local == 0, f"{name}: {stack} bytes of stack, {local} of local memory"
+        assert shared <= 48 * 1024, f"{name}: {shared} bytes of shared memory"
+
+
+@needs_library
+def test_full_tiles_are_read_and_written_sixteen_bytes_at_a_time():
+    said = cuobjdump("-sass", "-arch", "sm_90")
+    if "Function" not in said:
+        pytest.skip("the library was not built for sm_90")
+    functions = re.split(r"\n\s*Function : ", said)[1:]
+    dense = [text for text in functions if "update_dense" in text.partition("\n")[0]]
+    fast = [text for text in dense if "3AnyE" not in text.partition("\n")[0]]
+    assert len(fast) == 8  # float32, bfloat16 twice and float16, with and without random words
+    for text in fast:
+        # weight, gradient and two moments at the least; all but the gradient are written
+        assert len(re.findall(r"LDG\.E\.128", text)) >= 4, text.partition("\n")[0]
+        assert len(re.findall(r"STG\.E\.128", text)) >= 3, text.partition("\n")[0]
+
+
+@needs_library
+def test_nothing_is_contracted_into_a_fused_multiplication_and_addition():
+    """FFMA is left for divisions and square roots alone, which nvcc builds of it; statistics have neither."""
+    said = cuobjdump("-sass", "-arch", "sm_90")
+    functions = re.split(r"\n\s*Function : ", said)[1:]
+    statistics = [text for text in functions if "accumulate_tiles" in text.partition("\n")[0]]
+    if not statistics:
+        pytest.skip("the library was not built for sm_90")
+    for text in statistics:
+        if "3AnyE" not in text.partition("\n")[0]:
+            assert "FFMA" not in text, text.partition("\n")[0]
+            assert "FMUL" in text and "FADD" in text
+
+
+def many(count, seed=0):
+    """Tensors of many lengths, in more rows than a launch has room for."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [1 + 37 * i % 700 for i in range(count)] + [0, 4096, 9000]
+    return [torch.randn(length, generator=generator) for length in lengths]
+
+
+def clones(tensors):
+    return [t.clone() for t in tensors]
+
+
+def assert_equal(got, want):
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w), (g - w).abs().max()
+
+
+@needs_compiler
+@pytest.mark.parametrize("there", [False, True], ids=["steps_on_the_host", "steps_on_the_gpu"])
+def test_a_list_that_needs_several_launches_is_updated_as_a_whole(there):
+    cuda = emulated.load()
+    params, grads = many(150), many(150, seed=1)
+    lr = torch.tensor(0.1, dtype=torch.float64) if there else 0.1
+    results = []
+    for backend in (cuda, reference):
+        new, first, second = clones(params), [torch.zeros_like(p) for p in params], clones(params)
+        second = [s.square() for s in second]
+        steps = [torch.tensor(float(i)) for i in range(len(params))]
+        for _ in range(2):
+            backend.adamw_(
+                new, grads, first, second, [], steps, **(HYPER | {"lr": lr}),
+                seeded=Draws(5, 1, 1 << 31, [*range(len(params))]), unselected="track",
+            )  # fmt: skip
+        results.append((new, first, second, steps))
+    for got, want in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    for i in (1, 2):
+        for got, want in zip(results[0][i], results[1][i], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    assert_equal(results[0][3], results[1][3])
+
+
+@needs_compiler
+def test_selection_over_several_launches_is_exact():
+    cuda = emulated.load()
+    scores = [s.abs().round(decimals=1) for s in many(120)]
+    tensors, results = len(scores), []
+    cuts = Cuts(torch.full((tensors,), (1 << 31) + 0x3F800000), torch.arange(tensors) * 3)
+    cuts.keys[7] = BEYOND_ALL_KEYS
+    cuts.last_ties[8] = EVERY_TIE
+    for backend in (cuda, reference):
+        nothing = torch.zeros(tensors, dtype=torch.int64)
+        results.append(
+            [
+                backend.histogram(scores, shift=21, width=11, prefixes=nothing, per_tensor=True),
+                backend.histogram(scores, shift=21, width=11, prefixes=nothing, per_tensor=False),
+                *backend.compact(scores, cuts=cuts, as_bits=True),
+                *backend.compact(scores, cuts=cuts, as_bits=False),
+            ]
+        )
+    assert_equal(*results)
+
+
+@needs_compiler
+def test_lists_of_entries_over_several_launches():
+    cuda = emulated.load()
+    tensors = many(120)
+    indices = [torch.arange(0, t.numel(), 3, dtype=torch.int32) for t in tensors]
+    buffers, deltas = [], []
+    for backend in (cuda, reference):
+        buffer = [torch.ones(len(i)) for i in indices]
+        backend.gather_(buffer, tensors, indices)
+        buffers.append(buffer)
+        changed = clones(tensors)
+        backend.apply_delta_(changed, indices, buffer, mode="add")
+        deltas.append(changed)
+    assert_equal(*buffers)
+    assert_equal(*deltas)
+    torch.testing.assert_close(cuda.norm(tensors, indices=indices), reference.norm(tensors, indices=indices))
+    torch.testing.assert_close(cuda.norm(tensors), reference.norm(tensors))
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [-1, 50, 1 << 30])
+def test_an_index_beyond_its_tensor_stops_the_kernel_before_anything_is_written_there(bad):
+    """On a GPU the trap ends the context, as a device-side assertion of torch does."""
+    cuda = emulated.load()
+    guarded = torch.zeros(200)
+    param, indices = guarded[50:100], torch.tensor([3, bad], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="trapped"):
+        cuda.apply_delta_([param], [indices], [torch.ones(2)])
+    assert not guarded[:50].any() and not guarded[100:].any()
+
+
+@needs_compiler
+def test_bad_arguments_are_refused_as_on_the_cpu():
+    cuda = emulated.load()
+    param, step = torch.zeros(4), torch.zeros(())
+    with pytest.raises(RuntimeError, match="grads must have the shape of its parameter"):
+        cuda.adamw_(
+            [param], [torch.ones(5)], [param.clone()], [param.clone()], [], [step], **HYPER
+        )
+    with pytest.raises(RuntimeError, match="unselected must be"):
+        cuda.adamw_(
+            [param], [torch.ones(4)], [param.clone()], [param.clone()], [], [step], **HYPER,
+            unselected="thawed",
+        )  # fmt: skip
+    assert not param.any()
