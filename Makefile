@@ -82,7 +82,7 @@ lint: setup
 
 # all that is measured, one after the other, whatever becomes of the others
 measure = status=0; \
-	for script in step topk memory; do \
+	for script in step topk scaling memory; do \
 		echo "== $(strip $(1)) -m benchmarks.$$script $(ARGS)"; \
 		$(1) -m benchmarks.$$script $(ARGS) || status=1; \
 	done; \

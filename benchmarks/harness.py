@@ -12,6 +12,7 @@ launches counts as well as the time in which they run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import gc
 import importlib.metadata
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,6 +134,8 @@ class Row:
         backend: of ours; empty for what others wrote.
         density: share of entries that the step updates or returns.
         measures_scratch: whether to measure what the step allocates and gives back.
+        threads: of torch, while the step runs; 0 leaves them as they are.
+        calls: how often a measurement calls the step; more than once where it takes microseconds.
     """
 
     name: str
@@ -144,6 +147,8 @@ class Row:
     backend: str = ""
     density: float | None = None
     measures_scratch: bool = False
+    threads: int = 0
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ def measure(
             timings[row.name] = made
 
     lively = [timing for timing in timings.values() if timing.seconds[0] <= SLOW_SECONDS]
-    per_round = sum(timing.seconds[0] for timing in lively)
+    per_round = sum(timing.seconds[0] * timing.row.calls for timing in lively)
     fewest = FEWEST_ROUNDS if seconds >= 1 else 1
     rounds = max(fewest, min(MOST_ROUNDS, int(seconds / per_round))) if lively else 0
     order = random.Random(0)
@@ -286,19 +291,37 @@ def _set_up(row: Row, device: torch.device) -> _Timing | str:
 
 
 def _time(timing: _Timing, device: torch.device) -> float:
-    if timing.before:
-        timing.before()
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        timing.step()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1000
-    started = time.perf_counter()
-    timing.step()
-    return time.perf_counter() - started
+    calls = range(timing.row.calls)
+    with on_threads(timing.row.threads):
+        if timing.before:
+            timing.before()
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(device)
+            start.record()
+            for _ in calls:
+                timing.step()
+            end.record()
+            torch.cuda.synchronize(device)
+            return start.elapsed_time(end) / 1000 / len(calls)
+        started = time.perf_counter()
+        for _ in calls:
+            timing.step()
+        return (time.perf_counter() - started) / len(calls)
+
+
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Runs the block on so many of torch's threads; 0 leaves them as they are."""
+    if not count:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def free(device: torch.device) -> None:
@@ -379,6 +402,7 @@ def _record(
         row.ideal_bytes,
         bars="; ".join(map(str, row.bars)),
         note=notes.get(row.name, ""),
+        threads=row.threads,
     )
     timings = results.timings
     if row.name not in timings:
@@ -506,7 +530,10 @@ def keep(script: str, records: Sequence[Record], options: Options, questions: Se
     """
     shared = surroundings(options.device)
     shared |= {"commit": options.commit or shared["commit"], "load_before": options.load}
-    records = [Record(**(asdict(record) | shared)) for record in records]
+    records = [
+        Record(**(asdict(record) | shared | ({"threads": record.threads} if record.threads else {})))
+        for record in records
+    ]
     if options.output is not None and records:
         kept = read_csv(options.output) if options.output.exists() else []
         measured = {record.question for record in records}

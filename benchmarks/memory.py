@@ -107,7 +107,8 @@ def methods(options: Options) -> list[Method]:
             missing = peers.why_missing(module)
             if not missing:
                 ideal = _held_by_package(name, dtype)
-                rows.append(Method(f"{name}, {_short(dtype)}", dtype, ideal, build))
+                check = peers.gate(name, build, options.device, dtype)
+                rows.append(Method(f"{name}, {_short(dtype)}", dtype, ideal, build, check=check))
             elif package not in [row.name for row in rows]:
                 rows.append(Method(package, dtype, 0.0, _refuse(missing)))
         for backend in options.backends[:1]:
@@ -142,7 +143,7 @@ def _held_by_package(name: str, dtype: torch.dtype) -> float:
     weights_and_gradients = 2 * dtype.itemsize
     if name.startswith("flashoptim"):
         return weights_and_gradients + 2.125 + (dtype != torch.float32)
-    return weights_and_gradients + (8 if name == "bitsandbytes AdamW" else 2 + 2 * 4 / 256)
+    return weights_and_gradients + (8 if name in peers.WHOLE else 2 + 2 * 4 / 256)
 
 
 def _refuse(reason: str) -> Build:

@@ -1,7 +1,7 @@
 """What others offer: torch's own AdamW, the formulations of released code in torch ops, and other packages.
 
-Packages are measured where they import; a missing one is a row that says so. They are trusted to compute what
-they say: their own suites test it. The formulations written here pass a gate.
+Packages are measured where they import; a missing one is a row that says so. Those that do not quantise the
+moments pass a gate, as do the formulations written here; the others are trusted to compute what they say.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gates import CPU, SHAPES, adamw_with_masks, furthest
+from benchmarks.gates import CPU, SHAPES, adamw_with_masks, furthest, wrong_adamw
 from benchmarks.harness import COPY, Row, Step, UnavailableError, first_line
 from benchmarks.operands import LR, Operands, touched
 
@@ -165,6 +165,8 @@ def gathered(operands: Operands, density: float) -> Row:
 # other packages
 
 Build = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+# these quantise nothing: two moments of float32, whatever the weights
+WHOLE = ("bitsandbytes AdamW", "deepspeed CPUAdam")
 
 
 def packages(dtype: torch.dtype) -> dict[str, tuple[str, str, float, Build]]:
@@ -178,6 +180,12 @@ def packages(dtype: torch.dtype) -> dict[str, tuple[str, str, float, Build]]:
 
     def build(module: str, name: str, **options: object) -> Build:
         return lambda params: getattr(importlib.import_module(module), name)(params, lr=LR, **options)
+
+    def on_cpu(params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        if params[0].device.type != "cpu":
+            raise UnavailableError("updates weights on a CPU only")
+        # compiled when the first one is made, which takes a minute, and kept by torch
+        return build("deepspeed.ops.adam", "DeepSpeedCPUAdam", weight_decay=0.01)(params)
 
     return {
         "bitsandbytes AdamW": (
@@ -204,6 +212,7 @@ def packages(dtype: torch.dtype) -> dict[str, tuple[str, str, float, Build]]:
             3 * size + 4.25 + 2 * low,
             build("flashoptim", "FlashAdamW", master_weight_bits=24 if low else None),
         ),
+        "deepspeed CPUAdam": ("deepspeed", "deepspeed.ops.adam", 3 * size + 16, on_cpu),
     }
 
 
@@ -226,8 +235,17 @@ def package_rows(operands: Operands) -> list[Row]:
                 raise UnavailableError(first_line(error)) from error
             return step
 
-        rows.append(Row(name, moved * operands.numel, make))
+        rows.append(
+            Row(name, moved * operands.numel, make, check=gate(name, build, operands.device, operands.dtype))
+        )
     return rows
+
+
+def gate(name: str, build: Build, device: torch.device, dtype: torch.dtype) -> Callable[[], str | None]:
+    """What compares an optimizer of a package with float64 arithmetic, where it does not quantise."""
+    if name not in WHOLE:
+        return lambda: None
+    return lambda: wrong_adamw(build, device, dtype)
 
 
 def why_missing(module: str) -> str:

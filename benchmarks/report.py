@@ -1,4 +1,4 @@
-"""Puts the measured tables into README.md and draws the two figures: no number is ever typed.
+"""Puts the measured tables into README.md and draws the figures: no number is ever typed.
 
     python -m benchmarks.report              README.md and the figures, from benchmarks/results/*.csv
     python -m benchmarks.report FILE.csv     prints every row of one file
@@ -16,9 +16,10 @@ from typing import Any
 
 from benchmarks.harness import COPY, REPOSITORY, RESULTS, read_csv, verdicts
 from benchmarks.peers import FUSED
+from benchmarks.scaling import SIZES, with_threads
 
 BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
-STEP_FIGURE, MEMORY_FIGURE = "step.png", "memory.png"
+STEP_FIGURE, MEMORY_FIGURE, SCALING_FIGURE = "step.png", "memory.png", "scaling.png"
 KINDS = ("weights", "gradients", "states", "masks")
 
 # what the README is to say, and the start of the rows that say it
@@ -33,6 +34,7 @@ EXPECTED = {
         ("whole steps on 199 small tensors", "step", "MaskedAdamW"),
         ("exact top-k", "topk", "select, global"),
         ("memory", "memory", "TopK, indexed"),
+        ("steps by size", "scaling", "MaskedAdamW"),
         ("bitsandbytes", "step", "bitsandbytes "),
         ("torchao", "step", "torchao "),
         ("flashoptim", "step", "flashoptim "),
@@ -44,6 +46,8 @@ EXPECTED = {
         ("indexed masks", "step", "adamw_indexed_"),
         ("exact top-k", "topk", "select, global"),
         ("memory", "memory", "TopK, indexed"),
+        ("threads and sizes", "scaling", "MaskedAdamW"),
+        ("deepspeed", "step", "deepspeed "),
     ),
 }
 PLACES = {"cuda": "on a GPU", "cpu": "on a CPU"}
@@ -131,6 +135,52 @@ def memory_table(rows: Sequence[CsvRow]) -> str:
     return table(head, lines, numbers=range(1, len(head)))
 
 
+def size_table(rows: Sequence[CsvRow]) -> str:
+    """Nanoseconds per entry, a column for each size."""
+    sizes = sorted({int(row["parameters"]) for row in rows})
+    lines = []
+    for name in dict.fromkeys(row["row"] for row in rows):
+        found = {int(row["parameters"]): row for row in rows if row["row"] == name}
+        cells = []
+        for size in sizes:
+            row = found.get(size)
+            cells.append(_number(f"{1e6 * float(row['ms']) / size}") if row and row["ms"] else "-")
+        lines.append([name, *cells])
+    head = ["ns per entry", *(f"{size:,}" for size in sizes)]
+    return table(head, lines, numbers=range(1, len(head)))
+
+
+def thread_table(rows: Sequence[CsvRow]) -> str:
+    """Milliseconds by question and number of threads, and how many times as fast as one thread that is."""
+    asked = [row for row in rows if row["row"].endswith(_on_threads(row))]
+    columns = list(dict.fromkeys((row["question"], row["threads"]) for row in asked))
+    found = {
+        (row["row"].removesuffix(_on_threads(row)), row["question"], row["threads"]): row for row in asked
+    }
+    lines = []
+    for name in dict.fromkeys(name for name, _, _ in found):
+        cells = []
+        for question, threads in columns:
+            row = found.get((name, question, threads))
+            if row is None or not row["ms"]:
+                cells.append("-")
+                continue
+            pairs = [pair.rpartition(": ") for pair in row["times_as_fast_as"].split("; ")]
+            gains = [_number(factor) for peer, _, factor in pairs if peer == with_threads(name, 1)]
+            cells.append(_number(row["ms"]) + "".join(f" ({gain} x)" for gain in gains))
+        lines.append([name, *cells])
+    head = ["ms", *(question.removeprefix("threads, ") + _on(threads) for question, threads in columns)]
+    return table(head, lines, numbers=range(1, len(head)))
+
+
+def _on(threads: str) -> str:
+    return with_threads("", int(threads))
+
+
+def _on_threads(row: CsvRow) -> str:
+    return _on(row["threads"])
+
+
 def render(rows: Sequence[CsvRow]) -> str:
     """Markdown: one table per question of one machine, each after the command that measured it."""
     if not rows:
@@ -147,6 +197,9 @@ def render(rows: Sequence[CsvRow]) -> str:
             if script == "memory":
                 parts.append(f"**{question}**, {entries:,} weights")
                 parts.append(memory_table(same))
+            elif (script, question) == ("scaling", SIZES):
+                parts.append(f"**cost by size**, up to {entries:,} entries")
+                parts.append(size_table(same))
             else:
                 parts.append(f"**{question}**, {entries:,} entries")
                 parts.append(timing_table(same))
@@ -187,6 +240,8 @@ def readme_text(results: Sequence[Sequence[CsvRow]]) -> str:
         parts.append(f"![milliseconds of a step against density](benchmarks/results/{STEP_FIGURE})")
     if any(row["script"] == "memory" for rows in results for row in measured(rows)):
         parts.append(f"![bytes per weight by optimizer](benchmarks/results/{MEMORY_FIGURE})")
+    if any(row["question"] == SIZES for rows in results for row in measured(rows)):
+        parts.append(f"![nanoseconds of a step per entry against size](benchmarks/results/{SCALING_FIGURE})")
     for rows in results:
         parts.append(f"**{rows[0]['machine']}**")
         if all(row["backend"] in ("", "reference") for row in measured(rows)):
@@ -195,6 +250,10 @@ def readme_text(results: Sequence[Sequence[CsvRow]]) -> str:
             )
         if any(map(verdicts, rows)):
             parts.append(bar_table(rows))
+        threads = [row for row in rows if row["script"] == "scaling" and row["question"] != SIZES]
+        if threads:
+            parts.append("Whole steps by number of threads, and how many times as fast as with one:")
+            parts.append(thread_table(threads))
         parts += [f"<details><summary>Every row: {rows[0]['machine']}</summary>", render(rows), "</details>"]
     return "\n\n".join(parts)
 
@@ -281,6 +340,51 @@ def _draw_panel(axes: Any, rows: Sequence[CsvRow]) -> None:
     axes.grid(alpha=0.3, which="both")
 
 
+def draw_scaling(results: Sequence[Sequence[CsvRow]], path: Path) -> bool:
+    """Nanoseconds per entry against the number of entries: one panel a machine."""
+    panels = [
+        rows
+        for rows in ([row for row in measured(rows) if row["question"] == SIZES] for rows in results)
+        if len({row["parameters"] for row in rows}) > 1
+    ]
+    if not panels:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
+    for axes, rows in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        ours = 0
+        for name in dict.fromkeys(row["row"] for row in rows):
+            mine = sorted((row for row in rows if row["row"] == name), key=lambda row: int(row["parameters"]))
+            sizes = [int(row["parameters"]) for row in mine]
+            low, middle, high = (
+                [1e6 * float(row[column]) / size for row, size in zip(mine, sizes, strict=True)]
+                for column in ("ms_20", "ms", "ms_80")
+            )
+            style: dict[str, Any] = {"color": f"C{ours}", "marker": "o"}
+            if not mine[0]["backend"]:
+                style = (
+                    {"color": "black", "linewidth": 1} if name == COPY else {"color": "#444444", "ls": "--"}
+                )
+            else:
+                ours += 1
+            label = "torch.optim.AdamW, fused" if name == FUSED else name.removeprefix("MaskedAdamW ")
+            axes.plot(sizes, middle, label=label, **style)
+            axes.fill_between(sizes, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        threads = "" if rows[0]["device"] == "cuda" else f", {_on(rows[0]['threads']).removeprefix(', ')}"
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="entries of one float32 tensor",
+            ylabel="ns per entry",
+            title=f"whole steps by size, median and 20 - 80 %\n{rows[0]['machine']}{threads}",
+        )
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=130)
+    return True
+
+
 def draw_memory(results: Sequence[Sequence[CsvRow]], path: Path) -> bool:
     """Bytes per weight, stacked by kind: of the first machine, since they hardly depend on it."""
     rows = next(
@@ -327,6 +431,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     written = ["README.md"]
     if draw_steps(results, RESULTS / STEP_FIGURE):
         written.append(STEP_FIGURE)
+    if draw_scaling(results, RESULTS / SCALING_FIGURE):
+        written.append(SCALING_FIGURE)
     if draw_memory(results, RESULTS / MEMORY_FIGURE):
         written.append(MEMORY_FIGURE)
     print(f"written from {len(results)} files of results: {', '.join(written)}")

@@ -168,7 +168,7 @@ def ours(scores: Scores, options: Options, anchor: tuple[str, ...]) -> list[Row]
                 Row(
                     f"{name}, {backend}",
                     (rounds - counted + 1) * size * n + (n / 8 if as_bits else 4 * DENSITY * n),
-                    functools.partial(_selection, scores, module, scope, as_bits, counted),
+                    functools.partial(selection, scores, module, scope, as_bits, counted),
                     check=functools.partial(
                         wrong_selection,
                         module,
@@ -209,7 +209,7 @@ def ours(scores: Scores, options: Options, anchor: tuple[str, ...]) -> list[Row]
     return rows
 
 
-def _selection(scores: Scores, module: ModuleType, scope: str, as_bits: bool, counted: bool) -> Step:
+def selection(scores: Scores, module: ModuleType, scope: str, as_bits: bool, counted: bool) -> Step:
     policy = TopK(DENSITY, scope="tensor" if scope == "tensor" else "global")
     counts = first_counts(module, scores.tensors, scope) if counted else None
 

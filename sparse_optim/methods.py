@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import MaskedAdamW, Unselected
-from .policies import Bernoulli, Policy, Schedule, TopK, check_steps
+from .policies import Bernoulli, Policy, Schedule, TopK
 from .scores import (
     CountedSquaredGradient,
     CurvatureScaledGradient,
     SignedGradient,
     SquaredGradient,
     Statistic,
+    check_steps,
 )
 
 if TYPE_CHECKING:

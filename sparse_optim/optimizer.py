@@ -268,14 +268,12 @@ class MaskedAdamW(SurvivingOptimizer):
         if not buckets or self._is_only_for_show(buckets):
             return
         self._require_new_epoch()
-        policy = self.policy
-        observing, selected, spoiled = False, None, ""
-        if isinstance(policy, TopK) and not policy.trains_everything:
-            observing = self._number("phase") % 2 == 0
-            if observing and policy.schedule.observe is None:
-                self.select()
-                observing = False
-        if observing and isinstance(policy, TopK):
+        policy, selected, spoiled = self._selecting_policy, None, ""
+        observing = policy is not None and self._number("phase") % 2 == 0
+        if policy is not None and observing and policy.schedule.observe is None:
+            self.select()
+            observing = False
+        if policy is not None and observing:
             masked = [bucket for bucket in buckets if bucket.group["masked"]]
             if policy.schedule.phase(self._number("clock") + 1) % 2 == 1:
                 # found before and applied after the update: an error leaves the weights alone
@@ -344,15 +342,14 @@ class MaskedAdamW(SurvivingOptimizer):
             return False
         if any(bool(grad.any()) for bucket in buckets for grad in bucket.grads):
             return False
-        mask = NOTHING if isinstance(self.policy, TopK) and not self.policy.trains_everything else EVERYTHING
+        mask = EVERYTHING if self._selecting_policy is None else NOTHING
         for bucket in buckets:
             for p in bucket.params:
                 self._start(p, mask, bucket.group["amsgrad"])
         return True
 
     def _require_new_epoch(self) -> None:
-        by_epoch = isinstance(self.policy, Bernoulli | GradualUnfreezing) and self.policy.every == "epoch"
-        if by_epoch and self._number("epoch") == 0:
+        if self._waits_for_epoch:
             raise RuntimeError(
                 "every='epoch' needs optimizer.new_epoch() at the start of every epoch, the first included, "
                 "got no call; call it, or give every= a number of steps."
@@ -399,12 +396,17 @@ class MaskedAdamW(SurvivingOptimizer):
         none.
         """
         assert isinstance(self.policy, TopK)
-        states = [self.state[p] for p in params]
+        statistic, states = self.policy.statistic, [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             if "statistic" not in state:
+                fresh = statistic.init(p, seed=self._number("seed"), key=self._tensor_key(p))
+                if fresh.device != p.device:
+                    raise ValueError(
+                        f"init of {type(statistic).__name__} must make a tensor on {p.device}, where "
+                        f"{self._name(p)!r} is, got one on {fresh.device}; make it with device=param.device."
+                    )
                 self._start(p)
-                key = self._tensor_key(p)
-                state["statistic"] = self.policy.statistic.init(p, seed=self._number("seed"), key=key)
+                state["statistic"] = fresh
                 state["nonfinite"] = torch.zeros((), dtype=torch.bool, device=p.device)
         return [state["statistic"] for state in states], [state["nonfinite"] for state in states]
 
@@ -687,6 +689,17 @@ class MaskedAdamW(SurvivingOptimizer):
         self._set_numbers(clock=clock, draw=draw, phase=phase)
 
     @property
+    def _selecting_policy(self) -> TopK | None:
+        """The policy, if it selects by what it observes."""
+        return self.policy if isinstance(self.policy, TopK) and not self.policy.trains_everything else None
+
+    @property
+    def _waits_for_epoch(self) -> bool:
+        """Whether there is no mask before the first `new_epoch()`."""
+        by_epoch = isinstance(self.policy, Bernoulli | GradualUnfreezing) and self.policy.every == "epoch"
+        return by_epoch and self._number("epoch") == 0
+
+    @property
     def _trains_while_observing(self) -> bool:
         return isinstance(self.policy, TopK) and self.policy.schedule.meanwhile == "everything"
 
@@ -726,7 +739,7 @@ class MaskedAdamW(SurvivingOptimizer):
             RuntimeError: unless the policy is a `TopK` with `Schedule(observe=None)`.
         """
         self._require_explicit("observe")
-        if not isinstance(self.policy, TopK) or self.policy.trains_everything:
+        if self._selecting_policy is None:
             return
         buckets = [bucket for bucket in self._buckets() if bucket.group["masked"]]
         if not buckets:
@@ -749,7 +762,7 @@ class MaskedAdamW(SurvivingOptimizer):
         """
         self._require_explicit("select")
         self._follow_swapped_parameters()
-        if isinstance(self.policy, TopK) and self.policy.trains_everything:
+        if self._selecting_policy is None:
             return
         selected, spoiled = self._selection(self._observed())
         self._apply_selection(selected)
@@ -776,7 +789,7 @@ class MaskedAdamW(SurvivingOptimizer):
         self._follow_swapped_parameters()
         if self.policy.trains_everything:
             return
-        masked = {p for group in self.param_groups if group["masked"] for p in group["params"]}
+        masked = set(self._masked_parameters())
         known = {own: p for p, own in self._all_names().items() if p in masked}
         p = known.get(clean_name(name)) if self._named else None
         if p is None:
@@ -792,8 +805,7 @@ class MaskedAdamW(SurvivingOptimizer):
         except RuntimeError as error:
             raise ValueError(
                 f"count must broadcast to {tuple(p.shape)}, got {tuple(count.shape)}; for counts of input "
-                "features of a "
-                f"linear weight give [{p.shape[-1] if p.dim() else 1}]."
+                f"features of a linear weight give [{p.shape[-1] if p.dim() else 1}]."
             ) from error
         self._start(p)["count"] = count
 
@@ -816,15 +828,13 @@ class MaskedAdamW(SurvivingOptimizer):
         if not isinstance(self.policy, TopK) or not self.policy.statistic.needs_curvature:
             raise RuntimeError(
                 "observe_curvature() needs a TopK policy with CurvatureScaledGradient, got "
-                f"policy={self.policy!r}; "
-                "SecondOrderAdamW(curvature='hutchinson') has one."
+                f"policy={self.policy!r}; SecondOrderAdamW(curvature='hutchinson') has one."
             )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if torch.distributed.get_world_size() > 1:
                 raise RuntimeError(
                     f"observe_curvature() works in one process, got {torch.distributed.get_world_size()} "
-                    "ranks; "
-                    "use SecondOrderAdamW without curvature."
+                    "ranks; use SecondOrderAdamW without curvature."
                 )
         if self.policy.trains_everything:
             return
@@ -835,7 +845,7 @@ class MaskedAdamW(SurvivingOptimizer):
             )
         self._follow_swapped_parameters()
         self._check_keys()
-        params = [p for g in self.param_groups if g["masked"] for p in g["params"] if p.requires_grad]
+        params = [p for p in self._masked_parameters() if p.requires_grad]
         draw = self._number("draw") + 1
         with torch.enable_grad():
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
@@ -848,16 +858,15 @@ class MaskedAdamW(SurvivingOptimizer):
             if not signs:
                 raise RuntimeError(
                     "observe_curvature() needs a loss that can be differentiated twice, got one without "
-                    "second "
-                    "derivatives; leave curvature out."
+                    "second derivatives; leave curvature out."
                 )
             try:
                 products = torch.autograd.grad(product, list(signs), retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise RuntimeError(
                     "observe_curvature() needs operations that can be differentiated twice, got one that "
-                    "cannot "
-                    f"({error}); fused attention is one: load the model with attn_implementation='eager'."
+                    f"cannot ({error}); fused attention is one: load the model with "
+                    "attn_implementation='eager'."
                 ) from error
         for p, grad in zip(params, grads, strict=True):
             if grad is not None and "curvature" not in self._start(p):
@@ -922,22 +931,22 @@ class MaskedAdamW(SurvivingOptimizer):
         clock = self._number("clock")
         if clock == 0 or "exp_avg" not in self.state.get(p, {}):
             return NOTHING
-        observed = False
-        if isinstance(self.policy, TopK) and self.policy.schedule.observe is not None:
-            observed = self.policy.schedule.phase(clock - 1) % 2 == 0 and not self.policy.trains_everything
+        policy, observed = self._selecting_policy, False
+        if policy is not None and policy.schedule.observe is not None:
+            observed = policy.schedule.phase(clock - 1) % 2 == 0
             if observed and not self._trains_while_observing:
                 return NOTHING
         return self._mask(p, group, observing=observed, draw=self._number("draw"))
 
     def _next_mask(self, p: Tensor, group: dict[str, Any]) -> Mask:
         observing = False
-        drawn = isinstance(self.policy, Bernoulli | GradualUnfreezing) and self.policy.every == "epoch"
-        if drawn and self._number("epoch") == 0:
+        policy = self._selecting_policy
+        if self._waits_for_epoch:
             return NOTHING
-        if isinstance(self.policy, TopK) and not self.policy.trains_everything:
+        if policy is not None:
             observing = self._number("phase") % 2 == 0
             moves = self._trains_while_observing
-            if observing and not moves and (group["masked"] or self.policy.schedule.observe is not None):
+            if observing and not moves and (group["masked"] or policy.schedule.observe is not None):
                 return NOTHING
         return self._mask(p, group, observing=observing, draw=self._draw())
 
@@ -948,6 +957,9 @@ class MaskedAdamW(SurvivingOptimizer):
         return float(trained / max(1, sum(p.numel() for p in params)))
 
     # names and keys
+
+    def _masked_parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups if group["masked"] for p in group["params"]]
 
     def _remember_parameters(self) -> None:
         super()._remember_parameters()
@@ -1004,9 +1016,9 @@ class MaskedAdamW(SurvivingOptimizer):
         )
 
     def _check_saved_masks(self, final: dict[str, Any], states: list[tuple[Tensor, Any]]) -> None:
-        if not isinstance(self.policy, TopK) or self.policy.trains_everything or not final["param_groups"]:
+        if self._selecting_policy is None or not final["param_groups"]:
             return
-        masked = {p for group in self.param_groups if group["masked"] for p in group["params"]}
+        masked = set(self._masked_parameters())
         masks = [state for p, state in states if "indices" in state or "bits" in state]
         if final["param_groups"][0].get("phase", 0) and not masks:
             raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .backends.reference import BEYOND_ALL_KEYS, EVERY_TIE, FIRST_WIDTH, Cuts, Geometry, key_bits
 from .masks import Bits, Indexed, Mask, Seeded
-from .scores import SquaredGradient, Statistic
+from .scores import SquaredGradient, Statistic, check_statistic, check_steps
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -32,11 +32,6 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         listed = " or ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be {listed}, got {value!r}; choose one of them.")
-
-
-def check_steps(name: str, value: object, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}; {remedy}.")
 
 
 @dataclass(frozen=True)
@@ -199,11 +194,7 @@ class TopK:
         _check_choice("cut", self.cut, ("exact", "percentile", "ceil"))
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {self.schedule!r}; write Schedule(observe=n).")
-        if not isinstance(self.statistic, Statistic) or type(self.statistic) is Statistic:
-            raise TypeError(
-                f"statistic must be a statistic such as SquaredGradient(), got {self.statistic!r}; pass an "
-                "instance."
-            )
+        check_statistic(self.statistic)
 
     @property
     def trains_everything(self) -> bool:

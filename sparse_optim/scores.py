@@ -22,6 +22,12 @@ from .backends.reference import CONTROL_DRAWS, philox_words, purpose_draw
 _KINDS = ("squares", "signed", "absolute", "")
 
 
+def check_steps(name: str, value: object, remedy: str) -> None:
+    """Refuse what is not a positive number of steps; policies and methods count in them too."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}; {remedy}.")
+
+
 class Statistic:
     """What a `TopK` policy remembers; subclass it as a frozen dataclass to rank entries by something else.
 
@@ -85,6 +91,14 @@ class Statistic:
             )
 
 
+def check_statistic(value: object) -> None:
+    """Refuse what could not be asked for a score."""
+    if not isinstance(value, Statistic) or type(value) is Statistic:
+        raise TypeError(
+            f"statistic must be a statistic such as SquaredGradient(), got {value!r}; pass an instance."
+        )
+
+
 @dataclass(frozen=True)
 class SquaredGradient(Statistic):
     """Sum of squared gradients: the empirical diagonal Fisher information up to a constant factor.
@@ -145,11 +159,8 @@ class CountedSquaredGradient(Statistic):
     penalty_steps: int | None = None
 
     def __post_init__(self) -> None:
-        steps = self.penalty_steps
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(
-                f"penalty_steps must be a positive integer, got {steps!r}; use None for no penalty."
-            )
+        if self.penalty_steps is not None:
+            check_steps("penalty_steps", self.penalty_steps, "use None for no penalty")
 
     def score(self, statistic: Tensor, state: Mapping[str, Any]) -> Tensor:
         """Squares per count, penalised."""
@@ -243,11 +254,7 @@ class Lowest(Statistic):
     statistic: Statistic
 
     def __post_init__(self) -> None:
-        if not isinstance(self.statistic, Statistic):
-            raise TypeError(
-                f"statistic must be a statistic such as SquaredGradient(), got {self.statistic!r}; pass an "
-                "instance."
-            )
+        check_statistic(self.statistic)
         for name in ("needs_curvature", "counts", "random"):
             object.__setattr__(self, name, getattr(self.statistic, name))
         # absent where the other statistic has an update of its own

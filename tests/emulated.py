@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -24,10 +25,17 @@ FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-DPy_LIMITED_API=0x030A0000", "-Wno-unknown-pragmas",
 )  # fmt: skip
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+
+
+def why_not() -> str:
+    """Why the library cannot be built here; empty where it can."""
+    if not all((ROOT / source).is_file() for source in SOURCES):
+        return "needs the source tree"
+    return "" if shutil.which(COMPILER[0]) else f"needs the compiler {COMPILER[0]}"
 
 
 def _build(target: Path) -> None:
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
     include = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"], str(ROOT / "tests")]
     places = [f"-I{path}" for path in include]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
@@ -35,10 +43,10 @@ def _build(target: Path) -> None:
     objects = []
     for source in SOURCES:
         objects.append(target.with_suffix(f".{len(objects)}.o"))
-        command = [*compiler, *FLAGS, *places, "-x", "c++", "-c", str(ROOT / source), "-o", str(objects[-1])]
+        command = [*COMPILER, *FLAGS, *places, "-x", "c++", "-c", str(ROOT / source), "-o", str(objects[-1])]
         subprocess.run(command, check=True, capture_output=True, text=True)
     part = target.with_suffix(".part")
-    link = [*compiler, "-shared", "-o", str(part), *map(str, objects), *libraries]
+    link = [*COMPILER, "-shared", "-o", str(part), *map(str, objects), *libraries]
     subprocess.run([*link, "-ltorch", "-ltorch_cpu", "-lc10"], check=True, capture_output=True, text=True)
     for made in objects:
         made.unlink()

@@ -15,11 +15,11 @@ import math
 import threading
 from typing import NamedTuple
 
+import emulated
 import numpy as np
 import pytest
 import torch
 
-import emulated
 from sparse_optim import backends
 from sparse_optim.backends import reference
 from sparse_optim.backends.reference import (
@@ -104,7 +104,7 @@ class OnGPU:
 
 
 BACKENDS = [pytest.param((name, CPU), id=name) for name in backends.available(CPU)]
-if "native" in backends.available(CPU):
+if not emulated.why_not():
     BACKENDS.append(pytest.param(("emulated", CPU), id="cuda_on_cpu"))
 if torch.cuda.is_available():
     GPU = torch.device("cuda", 0)
@@ -1002,6 +1002,22 @@ def copies(arguments):
     return [[t.clone() for t in column] for column in arguments]
 
 
+def check_observing(backend, arguments, statistics, flags, kind, scales, hyper):
+    """A step that observes leaves what `accumulate_` and then the update leave, bit for bit."""
+    apart, apart_statistics, apart_flags = copies(arguments), *copies([statistics, flags])
+    backend.accumulate_(apart_statistics, apart[1], apart_flags, kind=kind, grad_scales=scales)
+    backend.adamw_(*apart, **HYPER | hyper)
+    backend.adamw_(
+        *arguments, **HYPER | hyper,
+        statistics=statistics, nonfinite=flags, kind=kind, statistic_scales=scales,
+    )  # fmt: skip
+    for together, alone in zip(
+        [*arguments, statistics, flags], [*apart, apart_statistics, apart_flags], strict=True
+    ):
+        for i, (a, b) in enumerate(zip(together, alone, strict=True)):
+            assert_same_bits(a, b, f"tensor {i}")
+
+
 @pytest.mark.parametrize(
     "mask", [("everything", "frozen"), ("bits", "zero_grad"), ("seeded", "track")], ids=str
 )
@@ -1015,20 +1031,25 @@ def test_a_step_that_observes_is_accumulate_and_then_the_update_bit_for_bit(back
     statistics = [normal(rng, layout.shape, F32).square() for layout in LAYOUTS]
     flags = [torch.tensor(False) for _ in LAYOUTS]
     scales = [torch.tensor(0.3 + i) for i in range(len(LAYOUTS))] if scaled else None
-    hyper = HYPER | {"weight_decay": 0.1, "grad_scale": torch.tensor(0.5)}
-    apart, apart_statistics, apart_flags = copies(arguments), *copies([statistics, flags])
-    backend.accumulate_(apart_statistics, apart[1], apart_flags, kind="squares", grad_scales=scales)
-    backend.adamw_(*apart, **hyper, **selection, unselected=unselected)
-    backend.adamw_(
-        *arguments, **hyper, **selection, unselected=unselected,
-        statistics=statistics, nonfinite=flags, kind="squares", statistic_scales=scales,
-    )  # fmt: skip
-    for together, alone in zip(
-        [*arguments, statistics, flags], [*apart, apart_statistics, apart_flags], strict=True
-    ):
-        for i, (a, b) in enumerate(zip(together, alone, strict=True)):
-            assert_same_bits(a, b, f"tensor {i}")
+    hyper = selection | {"weight_decay": 0.1, "grad_scale": torch.tensor(0.5), "unselected": unselected}
+    check_observing(backend, arguments, statistics, flags, "squares", scales, hyper)
     assert [bool(flag) for flag in flags] == [i == 5 for i in range(len(LAYOUTS))]
+
+
+@pytest.mark.parametrize("kind", ["squares", "signed", "absolute"])
+@pytest.mark.parametrize("one_word", named(by_entry=False, by_tensor=True))
+def test_a_step_observes_gradients_as_they_are_whatever_the_update_makes_of_them(backend, one_word, kind):
+    """Neither negated, nor rescaled, nor masked; statistics of two dtypes share the call."""
+    rng = np.random.default_rng(33)
+    arguments = dense_arguments(rng)
+    # one entry, in a full tile: nothing else may raise the flag of its tensor
+    arguments[1][13][5] = float("inf")
+    seeded = Draws(34, 35, 2**31, [int(key) for key in rng.integers(2**32, size=len(LAYOUTS))], one_word)
+    statistics = [normal(rng, layout.shape, (F32, BF16)[i % 2]) for i, layout in enumerate(LAYOUTS)]
+    flags = [torch.tensor(False) for _ in LAYOUTS]
+    hyper = {"seeded": seeded, "rescale": 2.0, "maximize": True}
+    check_observing(backend, arguments, statistics, flags, kind, None, hyper)
+    assert [bool(flag) for flag in flags] == [i == 13 for i in range(len(LAYOUTS))]
 
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
@@ -1051,18 +1072,40 @@ def test_found_inf_leaves_everything_as_it_was(backend, lr):
                     assert_same_bits(a, b, f"tensor {i} with found_inf {found}")
 
 
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_found_inf_observes_nothing(backend, lr):
+    rng = np.random.default_rng(36)
+    arguments = dense_arguments(rng)
+    arguments[1][5][3] = float("nan")
+    columns = [*arguments, [normal(rng, layout.shape, F32) for layout in LAYOUTS]]
+    columns.append([torch.tensor(False) for _ in LAYOUTS])
+    before = copies(columns)
+    backend.adamw_(
+        *arguments, **HYPER | {"lr": lr}, found_inf=torch.tensor(1.0),
+        statistics=columns[-2], nonfinite=columns[-1], kind="signed",
+    )  # fmt: skip
+    for now, old in zip(columns, before, strict=True):
+        for i, (a, b) in enumerate(zip(now, old, strict=True)):
+            assert_same_bits(a, b, f"tensor {i}")
+
+
 @pytest.mark.parametrize("dtype", named(float32=F32, bfloat16=BF16))
 @pytest.mark.parametrize("per_tensor", named(summed=False, per_tensor=True))
 @pytest.mark.parametrize("absolute", named(as_they_are=False, by_magnitude=True))
-def test_the_first_round_rides_on_the_last_accumulation(backend, dtype, per_tensor, absolute):
+@pytest.mark.parametrize("other", named(grads_of_one_dtype=F32, of_two=BF16))
+def test_the_first_round_rides_on_the_last_accumulation(backend, other, dtype, per_tensor, absolute):
     rng = np.random.default_rng(32)
     statistics = [normal(rng, layout.shape, dtype) for layout in LAYOUTS]
-    grads = [normal(rng, layout.shape, F32) for layout in LAYOUTS]
+    grads = [normal(rng, layout.shape, (F32, other)[i % 2]) for i, layout in enumerate(LAYOUTS)]
+    grads[13][5] = float("inf")
     flags = [torch.tensor(False) for _ in LAYOUTS]
-    apart = [s.clone() for s in statistics]
+    apart, apart_flags = copies([statistics, flags])
     counts = torch.ones(len(LAYOUTS) if per_tensor else 1, 2048, dtype=torch.int64)
-    backend.accumulate_(statistics, grads, flags, kind="signed", first_counts=counts, absolute=absolute)
-    backend.accumulate_(apart, grads, flags, kind="signed")
+    how = {"kind": "squares" if absolute else "signed"}
+    how["grad_scales"] = [torch.tensor(0.3 + i) for i in range(len(LAYOUTS))]
+    backend.accumulate_(statistics, grads, flags, **how, first_counts=counts, absolute=absolute)
+    backend.accumulate_(apart, grads, apart_flags, **how)
+    assert flags == apart_flags and bool(flags[13])
     expected = reference.histogram(
         apart, shift=(16 if dtype == BF16 else 32) - 11, width=11, per_tensor=per_tensor, absolute=absolute,
         prefixes=torch.zeros(len(LAYOUTS), dtype=torch.int64),

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gates, harness, memory, operands, peers, report, step, topk
+from benchmarks import gates, harness, memory, operands, peers, report, scaling, step, topk
 from sparse_optim import Bernoulli, Schedule, TopK
 from sparse_optim.backends import reference
 
@@ -45,6 +45,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 SAMPLES = {
     "step": ("dense", ["plain copy", "torch fused", "adamw_ dense, reference"]),
     "topk": ("global", ["plain copy", "torch.topk", "select, global, reference"]),
+    "scaling": ("indexed", ["plain copy", "torch fused", "MaskedAdamW TopK indexed, 1%, reference"]),
     "memory": ("float32", ["torch.optim.AdamW fused, float32", "TopK, indexed, 1 %, float32"]),
 }
 
@@ -157,6 +158,58 @@ def test_the_gate_of_optimizers_passes_the_reference_and_stops_a_wrong_step(
     assert problem.startswith("error")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_gate_of_packages_passes_adamw_and_stops_another_rule(dtype: torch.dtype) -> None:
+    def adamw(**options):
+        return lambda params: torch.optim.AdamW(params, lr=1.0, foreach=False, **options)
+
+    assert gates.wrong_adamw(adamw(), CPU, dtype) is None
+    problem = gates.wrong_adamw(adamw(eps=1e-3), CPU, dtype)
+    assert problem is not None
+    assert problem.startswith("error")
+    if dtype == torch.float32:
+        # a peer whose decay is off unless it is asked for
+        assert gates.wrong_adamw(adamw(weight_decay=0.0), CPU, dtype) is not None
+
+
+def test_packages_that_keep_whole_moments_pass_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    def another_rule(params):
+        return torch.optim.RMSprop(params)
+
+    def all_wrong(dtype):
+        return dict.fromkeys((*peers.WHOLE, "quantised"), ("torch", "torch", 28.0, another_rule))
+
+    assert set(peers.WHOLE) <= set(peers.packages(torch.float32))
+    monkeypatch.setattr(peers, "packages", all_wrong)
+    found = {row.name: row.check() for row in peers.package_rows(operands.Operands(ONE_SHAPE, CPU))}
+    assert {name for name, problem in found.items() if problem} == set(peers.WHOLE)
+    held = {
+        method.name: method.check() for method in memory.methods(options()) if method.build is another_rule
+    }
+    assert {name for name, problem in held.items() if problem} == {
+        f"{name}, {dtype}" for name in peers.WHOLE for dtype in ("float32", "bfloat16")
+    }
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "deepspeed"])
+def test_a_peer_that_is_installed_passes_its_gate(package: str) -> None:
+    rows = peers.packages(torch.float32)
+    for name in peers.WHOLE:
+        named, module, _, build = rows[name]
+        if named == package:
+            reason = peers.why_missing(module)
+            if reason:
+                pytest.skip(f"{package}: {reason}")
+            assert gates.wrong_adamw(build, CPU, torch.float32) is None
+
+
+def test_a_peer_for_the_cpu_says_so_elsewhere() -> None:
+    build = peers.packages(torch.float32)["deepspeed CPUAdam"][-1]
+    elsewhere = torch.nn.Parameter(torch.empty(3, device="meta"))
+    with pytest.raises(harness.UnavailableError, match="on a CPU only"):
+        build([elsewhere])
+
+
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_gate_of_selections_passes_the_reference_and_stops_a_wrong_set(
@@ -264,6 +317,107 @@ def test_bars_compare_with_the_fastest_peer_and_with_the_copy() -> None:
     assert harness.ScratchBelow(1.0).judge("quick", results) is None
 
 
+def test_rows_run_on_their_number_of_threads_and_leave_it_as_it_was() -> None:
+    before = torch.get_num_threads()
+    seen: dict[str, set[int]] = {"one": set(), "three": set(), "whatever": set()}
+
+    def row(name: str, threads: int) -> harness.Row:
+        def note() -> None:
+            seen[name].add(torch.get_num_threads())
+
+        return harness.Row(name, 8, lambda: (note, note), threads=threads)
+
+    records = harness.measure(
+        "scaling", "one", [row("one", 1), row("three", 3), row("whatever", 0)],
+        parameters=1, anchor="", device=CPU, seconds=0.01,
+    )  # fmt: skip
+    assert seen == {"one": {1}, "three": {3}, "whatever": {before}}
+    assert [record.threads for record in records] == [1, 3, 0]
+    assert torch.get_num_threads() == before
+    with pytest.raises(KeyError), harness.on_threads(before + 1):
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_the_number_of_threads_of_a_row_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "machine.csv"
+    records = [harness.Record("scaling", "a", "row", 1, "float32", threads=threads) for threads in (0, 3)]
+    harness.keep("scaling", records, options(output=path), ["a"])
+    assert [row["threads"] for row in harness.read_csv(path)] == [str(torch.get_num_threads()), "3"]
+
+
+def test_a_short_step_is_called_often_and_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = []
+
+    def step() -> None:
+        clock.append(0.001)
+
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: sum(clock)))
+    often = harness.Row("often", 8, lambda: step, calls=25)
+    record = harness.measure("step", "one", [often], parameters=1, anchor="", device=CPU, seconds=0.11)[0]
+    assert record.ms == pytest.approx(1.0)
+    # as many rounds as there is time for, and two measurements during set-up
+    assert record.samples == 4
+    assert len(clock) == 25 * (4 + 2)
+
+
+def test_each_number_of_threads_is_a_row_and_all_share_what_is_set_up() -> None:
+    made = []
+
+    def make() -> harness.Step:
+        made.append(0)
+        return lambda: None
+
+    row = harness.Row("kernel", 8, make, check=lambda: "wrong", backend="native")
+    rows = scaling.on_each(row, scaling.MANY, [1, 2, 4], lambda: [torch.ones(3)])
+    assert [(one.name, one.threads) for one in rows] == [
+        ("kernel, 1 thread", 1), ("kernel, 2 threads", 2), ("kernel, 4 threads", 4),
+    ]  # fmt: skip
+    for one in rows:
+        one.make()
+    assert len(made) == 1
+    # one thread passes the row's own gate, the others give what it gives
+    assert [one.check() for one in rows] == ["wrong", None, None]
+    assert [one.bars for one in rows] == [(), (harness.Faster(1.2, ("kernel, 1 thread",)),), ()]
+    assert rows[2].peers == ("kernel, 1 thread", "torch fused, 4 threads")
+
+
+def test_the_gate_of_threads_stops_results_that_depend_on_their_number() -> None:
+    def by_threads() -> list[torch.Tensor]:
+        return [torch.full((3,), 1 + (torch.get_num_threads() - 1) * 2**-23)]
+
+    assert scaling.depends_on_threads(lambda: [torch.ones(3)], 2) is None
+    assert scaling.depends_on_threads(by_threads, 2) == "2 threads give other bits than one"
+    assert scaling.depends_on_threads(lambda: [torch.ones(3)] * torch.get_num_threads(), 2) is not None
+
+
+@pytest.mark.parametrize("name", scaling.methods(CPU, scaling.ONE))
+def test_the_gate_of_threads_compares_weights_and_moments(name: str) -> None:
+    policy, unselected, _, _ = scaling.methods(CPU, scaling.ONE)[name]
+    values = scaling.three_steps(policy, unselected, "reference")
+    weights, rest = values[: len(scaling.SHARED)], values[len(scaling.SHARED) :]
+    start = operands.Operands(scaling.SHARED, CPU).weights
+    assert not torch.equal(weights[0], start[0])
+    # two moments for each weight, and more
+    assert len([value for value in rest if value.is_floating_point() and value.numel() > 1]) >= 2 * len(
+        weights
+    )
+    assert scaling.depends_on_threads(lambda: scaling.three_steps(policy, unselected, "reference"), 2) is None
+
+
+def test_the_gate_of_threads_compares_the_lists_of_a_selection() -> None:
+    lists = scaling.one_selection("reference")
+    n = sum(torch.Size(shape).numel() for shape in scaling.SHARED)
+    assert sum(map(len, lists)) == int(topk.DENSITY * n)
+    assert scaling.depends_on_threads(lambda: scaling.one_selection("reference"), 2) is None
+
+
+def test_sizes_go_up_by_half_decades_to_what_was_asked_for() -> None:
+    assert scaling.sizes(options(numel=None))[::2] == [10**4, 10**5, 10**6, 10**7, 10**8]
+    assert scaling.sizes(options(numel=10**5)) == [10_000, 31_623, 100_000]
+    assert scaling.sizes(options(numel=5_000)) == [5_000]
+
+
 def test_memory_counts_what_an_optimizer_holds() -> None:
     held = {
         method.name: memory.held(method, ONE_SHAPE, CPU)
@@ -348,12 +502,58 @@ def test_the_figures_are_drawn_from_results(tmp_path: Path) -> None:
     timings = [replace(record, machine="here", device="cpu") for record in some_records()]
     sizes = [memory.held(method, ONE_SHAPE, CPU) for method in memory.methods(options())]
     path = tmp_path / "tiny.csv"
-    harness.write_csv([*timings, *sizes], path)
+    harness.write_csv([*timings, *sizes, *scaling_records()], path)
     results = [harness.read_csv(path)]
     assert report.draw_steps(results, tmp_path / "step.png")
     assert report.draw_memory(results, tmp_path / "memory.png")
+    assert report.draw_scaling(results, tmp_path / "scaling.png")
     assert not report.draw_steps([], tmp_path / "nothing.png")
-    assert {file.name for file in tmp_path.iterdir()} == {"tiny.csv", "step.png", "memory.png"}
+    assert not report.draw_scaling([], tmp_path / "nothing.png")
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "tiny.csv", "step.png", "memory.png", "scaling.png",
+    }  # fmt: skip
+
+
+def scaling_records() -> list[harness.Record]:
+    def record(question: str, row: str, size: int, ms: float, **more: object) -> harness.Record:
+        timing = {"ms": ms, "ms_20": ms, "ms_80": ms, "gb_per_s": 1.0}
+        place = {"device": "cpu", "machine": "here", "threads": 2}
+        return harness.Record("scaling", question, row, size, "float32", **(timing | place | more))
+
+    one, two = "torch fused, 1 thread", "torch fused, 2 threads"
+    return [
+        record(scaling.ONE, "plain copy", 100, 1.0),
+        record(scaling.ONE, one, 100, 30.0, threads=1),
+        record(scaling.ONE, two, 100, 20.0, times_as_fast_as=f"{one}: 1.51"),
+        record(scaling.MANY, one, 10, 3.0, threads=1),
+        record(scaling.MANY, two, 10, None, note="not measured"),
+        record(scaling.SIZES, "torch fused", 1_000_000, 2.0),
+        record(scaling.SIZES, "torch fused", 10_000, 0.04),
+        record(scaling.SIZES, "MaskedAdamW policy=None, native", 10_000, 0.03, backend="native"),
+        record(scaling.SIZES, "MaskedAdamW policy=None, native", 1_000_000, None, backend="native"),
+    ]
+
+
+def test_scaling_becomes_a_table_of_threads_and_one_of_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.csv"
+    harness.write_csv(scaling_records(), path)
+    rows = harness.read_csv(path)
+    by_threads = report.thread_table([row for row in rows if row["question"] != scaling.SIZES])
+    assert by_threads.splitlines()[0] == (
+        "| ms | one huge tensor, 1 thread | one huge tensor, 2 threads "
+        "| 300 tiny tensors, 1 thread | 300 tiny tensors, 2 threads |"
+    )
+    assert by_threads.splitlines()[2:] == ["| torch fused | 30 | 20 (1.51 x) | 3 | - |"]
+    by_size = report.size_table([row for row in rows if row["question"] == scaling.SIZES])
+    assert by_size.splitlines()[0] == "| ns per entry | 10,000 | 1,000,000 |"
+    assert by_size.splitlines()[2:] == [
+        "| torch fused | 4 | 2 |", "| MaskedAdamW policy=None, native | 3 | - |",
+    ]  # fmt: skip
+    text = report.readme_text([rows])
+    assert by_threads in text
+    assert by_size in text
+    assert f"results/{report.SCALING_FIGURE}" in text
+    assert "threads and sizes" not in report.missing([rows])
 
 
 def test_the_readme_says_what_the_committed_results_say() -> None:
@@ -361,5 +561,5 @@ def test_the_readme_says_what_the_committed_results_say() -> None:
     assert report.replace(readme, report.readme_text(report.all_results())) == readme, (
         "run python -m benchmarks.report"
     )
-    for name in (report.STEP_FIGURE, report.MEMORY_FIGURE):
+    for name in (report.STEP_FIGURE, report.MEMORY_FIGURE, report.SCALING_FIGURE):
         assert (f"results/{name}" in readme) == (harness.RESULTS / name).is_file()

@@ -2,6 +2,7 @@
 keep the promises of the verbs is tested in test_backends.py.
 """
 
+import random
 import re
 import subprocess
 import sys
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import emulated
 import pytest
+import test_native
 import torch
 
 import sparse_optim
-from sparse_optim import backends
 from sparse_optim.backends import native, reference
 from sparse_optim.backends.reference import BEYOND_ALL_KEYS, EVERY_TIE, Cuts, Draws
 
@@ -23,9 +24,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 HYPER = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 
 needs_library = pytest.mark.skipif(not LIBRARY, reason="sparse_optim/_cuda is not built: it needs nvcc")
-needs_compiler = pytest.mark.skipif(
-    "native" not in backends.available(torch.device("cpu")), reason="needs the compiler that builds native"
-)
+needs_compiler = pytest.mark.skipif(bool(emulated.why_not()), reason=emulated.why_not())
 
 
 def nvcc():
@@ -176,6 +175,18 @@ def test_selection_over_several_launches_is_exact():
 
 
 @needs_compiler
+def test_the_list_of_a_large_tensor_is_complete():
+    """Places of tiles are added up 4096 at a time; this has one more, and then some entries."""
+    scores = torch.zeros(4096 * 4097 + 77, dtype=torch.bfloat16)
+    ends = (0, 5, 70_000, 4096**2 - 1, 4096**2, 4096**2 + 3, scores.numel() - 1)
+    selected = torch.cat([torch.tensor(ends), torch.arange(4096 * 3000, 4096 * 3010)]).unique()
+    scores[selected] = 1
+    cuts = Cuts(torch.tensor([0xBF80, 0xBF80]), torch.tensor([EVERY_TIE, EVERY_TIE]))
+    both = emulated.load().compact([scores, scores[:5000]], cuts=cuts, as_bits=False)
+    assert_equal([listed.long() for listed in both], [selected, selected[:2]])
+
+
+@needs_compiler
 def test_lists_of_entries_over_several_launches():
     cuda = emulated.load()
     tensors = many(120)
@@ -211,12 +222,179 @@ def test_bad_arguments_are_refused_as_on_the_cpu():
     cuda = emulated.load()
     param, step = torch.zeros(4), torch.zeros(())
     with pytest.raises(RuntimeError, match="grads must have the shape of its parameter"):
-        cuda.adamw_(
-            [param], [torch.ones(5)], [param.clone()], [param.clone()], [], [step], **HYPER
-        )
+        cuda.adamw_([param], [torch.ones(5)], [param.clone()], [param.clone()], [], [step], **HYPER)
     with pytest.raises(RuntimeError, match="unselected must be"):
         cuda.adamw_(
             [param], [torch.ones(4)], [param.clone()], [param.clone()], [], [step], **HYPER,
             unselected="thawed",
         )  # fmt: skip
     assert not param.any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("geometry", test_native.GEOMETRIES)
+def test_results_are_those_of_the_reference(geometry):
+    results = test_native.everything(emulated.load(), geometry)
+    expected = test_native.everything(reference, geometry)
+    for i, (got, want) in enumerate(zip(results, expected, strict=True)):
+        rtol, atol = test_native.CLOSE.get(got.dtype, (0, 0))
+        torch.testing.assert_close(
+            got, want, rtol=rtol, atol=atol, msg=lambda text, i=i: f"result {i}: {text}"
+        )
+
+
+@needs_compiler
+@pytest.mark.parametrize("seed", range(4))
+def test_any_arguments_end_in_a_result_or_an_exception_and_touch_nothing_else(monkeypatch, seed):
+    """As for the CPU; but there an index is refused, here it may have stopped a kernel halfway."""
+    # full tiles have paths of their own
+    monkeypatch.setattr(test_native, "SIZES", [*test_native.SIZES, 4096, 4097, 8192, 10_000])
+    cuda, choose = emulated.load(), random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 256, (1 << 19,), dtype=torch.uint8, generator=generator)
+    for call in range(600):
+        arguments = test_native.Arguments(choose, noise)
+        verb = choose.choice(test_native.VERBS)
+        given = getattr(arguments, verb)()
+        spoiled = choose.choice([0, 0, 1, 1, 2])
+        for _ in range(spoiled):
+            arguments.spoil(given)
+        may_change, before = arguments.may_change(given), arguments.room.clone()
+        try:
+            getattr(cuda, verb)(**given)
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            if not spoiled or "barrier" in str(error):
+                raise
+        strange = (arguments.room != before) & (may_change == 0)
+        assert not strange.any(), f"call {call} of {verb} wrote to {strange.nonzero()[:4].view(-1)}"
+
+
+FLOATS = test_native.FLOATS
+NUMELS = [0, 1, 7, 33, 1024, 4096, 4097, 5000, 9001, 12_288]
+
+
+class RandomUpdate:
+    """The arguments of an update, of which any part may lie in the way of the fast paths: dtypes, alignment,
+    geometry, a mask of any form, statistics.
+    """
+
+    def __init__(self, seed):
+        self.choose, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.numels = self.choose.choices(NUMELS, k=self.choose.choice([1, 1, 2, 3]))
+        count = len(self.numels)
+        self.dtypes = self.choose.choices(FLOATS, k=count)
+        self.mixed = self.choose.random() < 0.5
+        self.given = test_native.HYPER | {"eps": 1e-4, "maximize": self.chance(0.3)}
+        self.given |= {"beta1": self.choose.choice([0.0, 0.3, 0.9])}
+        if self.chance(0.5):
+            self.given["lr"] = torch.tensor(0.1, dtype=torch.float64)
+        if self.chance(0.3):
+            self.given["grad_scale"] = torch.tensor(0.5, dtype=self.choose.choice(FLOATS))
+        if self.chance(0.2):
+            self.given["found_inf"] = torch.tensor(self.choose.choice([0.0, 1.0]))
+        if self.chance(0.7):
+            self.given["geometries"] = [self.geometry(max(numel, 1)) for numel in self.numels]
+        if self.chance(0.4):
+            self.given["rounding"] = self.draws()
+        self.given["unselected"] = self.choose.choice(["frozen", "zero_grad", "track"])
+        self.given["rescale"] = self.choose.choice([1.0, 2.5])
+        self.grads = self.tensors(special=self.chance(0.2))
+        # what is written: parameters, both moments, the largest of the second, statistics
+        self.written = [self.tensors() for _ in range(2)]
+        self.written += [self.tensors(positive=True), self.tensors(positive=True) if self.chance(0.4) else []]
+        self.written.append(self.tensors() if self.chance(0.5) else [])
+        self.written[0] = [self.tensor(*what) for what in zip(self.numels, self.dtypes, strict=True)]
+        counted = [0.0, 5.0, 255.0, 256.0, 2048.0]
+        self.steps = [
+            torch.tensor(self.choose.choice(counted), dtype=self.choose.choice(FLOATS)) for _ in self.numels
+        ]
+        if self.written[4]:
+            self.given["kind"] = self.choose.choice(["squares", "signed", "absolute"])
+            if self.chance(0.5):
+                self.given["statistic_scales"] = [torch.tensor(0.3) for _ in self.numels]
+        self.scored_by_statistic = False
+        match self.choose.randrange(5):
+            case 0:
+                masks = [torch.rand(n, generator=self.generator) < 0.3 for n in self.numels]
+                self.given["bits"] = [reference.pack_bits(mask) for mask in masks]
+            case 1:
+                self.given["seeded"] = self.draws()
+            case 2 | 3:
+                keys = [1 << 31, 0xBF000000, 1 << 15, 0xBF00, -5, BEYOND_ALL_KEYS]
+                ties = [-1, 0, 500, 4000, 2**40 + 900, EVERY_TIE]
+                self.given["cuts"] = Cuts(
+                    torch.tensor(self.choose.choices(keys, k=count)),
+                    torch.tensor(self.choose.choices(ties, k=count)),
+                )
+                self.scored_by_statistic = bool(self.written[4]) and self.chance(0.5)
+                self.given["scores"] = [t.mul_(4).round_().div_(4) for t in self.tensors(special=True)]
+
+    def chance(self, probability):
+        return self.choose.random() < probability
+
+    def tensor(self, numel, dtype, positive=False, special=False):
+        before = self.choose.choice([0, 0, 0, 1, 2, 8])
+        made = torch.randn(numel + before, generator=self.generator).to(dtype)[before:]
+        if positive:
+            made.abs_()
+        if special and numel:
+            for value in (float("nan"), float("inf"), float("-inf"), -0.0):
+                made[self.choose.randrange(numel)] = value
+        return made
+
+    def tensors(self, **what):
+        dtypes = self.choose.choices(FLOATS, k=len(self.numels)) if self.mixed else self.dtypes
+        return [self.tensor(n, d, **what) for n, d in zip(self.numels, dtypes, strict=True)]
+
+    def geometry(self, numel):
+        inner = self.choose.choice([1, 13, 100, 1500])
+        tiles = self.choose.choice([1024, 2048])
+        return self.choose.choice(
+            [
+                (0, numel, numel),
+                (self.choose.choice([8, 1023, 1024, 2**33 + 4, 2**40]), numel, numel + 10),
+                (self.choose.choice([0, 77, 2**40]), inner, inner + self.choose.choice([0, 1, 1000])),
+                (self.choose.choice([0, 7, 1024, 2**33]), tiles, tiles + self.choose.choice([0, 7, 1024])),
+                (self.choose.choice([0, 1024]), 1536, 2048),
+            ]
+        )
+
+    def draws(self):
+        threshold = int(self.choose.choice([0, 0.3, 0.5, 1]) * 2**32)
+        keys = [self.choose.randrange(2**32) for _ in self.numels]
+        seed, draw = self.choose.randrange(2**64), self.choose.randrange(2**32)
+        return Draws(seed, draw, threshold, keys, self.chance(0.25))
+
+    def results(self, backend):
+        # copies that are as well aligned
+        params, firsts, seconds, largest, statistics = (
+            [
+                torch.empty(0, dtype=t.dtype).set_(t.untyped_storage().clone(), t.storage_offset(), t.shape)
+                for t in tensors
+            ]
+            for tensors in self.written
+        )
+        steps, flags = clones(self.steps), [torch.tensor(False) for _ in self.numels]
+        given = self.given | ({"scores": statistics} if self.scored_by_statistic else {})
+        if statistics:
+            given |= {"statistics": statistics, "nonfinite": flags}
+        backend.adamw_(params, self.grads, firsts, seconds, largest, steps, **given)
+        return [*params, *firsts, *seconds, *largest], [*statistics, *steps, *flags]
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", range(4))
+def test_any_update_is_that_of_the_reference(part):
+    cuda = emulated.load()
+    for seed in range(100 * part, 100 * part + 100):
+        update = RandomUpdate(seed)
+        (got, exact), (want, same) = update.results(cuda), update.results(reference)
+        for g, w in zip(exact, same, strict=True):
+            torch.testing.assert_close(
+                g, w, rtol=0, atol=0, equal_nan=True, msg=lambda t, s=seed: f"{s}: {t}"
+            )
+        # a parameter is as exact as the coarsest of its moments; none of a wrong mask is as close as this
+        coarsest = max(torch.finfo(tensor.dtype).eps for tensor in want)
+        close = {"rtol": max(coarsest, 2e-5), "atol": 2e-2 if coarsest > 1e-6 else 2e-5, "equal_nan": True}
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, **close, msg=lambda t, s=seed: f"{s}: {t}")

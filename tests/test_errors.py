@@ -278,6 +278,12 @@ WE_REFUSE = table(
             r"statistic must be .*SquaredGradient\(\).*, got <class .*SquaredGradient'>; ",
         ),
         (
+            "lowest_of_the_base_class",
+            lambda: Lowest(Statistic()),
+            TypeError,
+            r"statistic must be .*SquaredGradient\(\).*, got <.*Statistic object.*>; ",
+        ),
+        (
             "lowest_of_a_word",
             lambda: Lowest("squares"),
             TypeError,
@@ -690,6 +696,32 @@ def test_an_impossible_selection_is_an_error_and_moves_no_weight(
     with pytest.raises(RuntimeError, match=message):
         MaskedAdamW([value], policy=policy, unselected=unselected).step()
     assert torch.equal(value, before)
+
+
+class Elsewhere(SquaredGradient):
+    """Remembers gradients on a device of its own."""
+
+    def init(self, param, *, seed, key):
+        return torch.zeros(param.shape, device="meta")
+
+
+@pytest.mark.parametrize("backend", backends.available(torch.device("cpu")))
+@pytest.mark.parametrize("meanwhile", ["nothing", "everything"])
+@pytest.mark.parametrize("observe", [1, 3], ids=["about_to_select", "observing"])
+def test_a_statistic_on_another_device_is_refused_before_any_weight_moves(observe, meanwhile, backend):
+    policy = TopK(0.5, statistic=Elsewhere(), schedule=Schedule(observe=observe, meanwhile=meanwhile))
+    good, value = with_gradient(weight()), with_gradient(weight(12))
+    optimizer = MaskedAdamW(
+        [{"params": [("good", good)], "masked": False}, {"params": [("value", value)]}],
+        policy=policy, backend=backend,
+    )  # fmt: skip
+    before = [p.detach().clone() for p in (good, value)]
+    message = r"^init of Elsewhere must make a tensor on cpu, where 'value' is, got one on meta; \S.*\.$"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["clock"] == 0
+    assert all(torch.equal(p, old) for p, old in zip((good, value), before, strict=True))
 
 
 # --- errors of step() come before the first change -------------------------------------------------------

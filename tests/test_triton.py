@@ -260,6 +260,57 @@ def test_tensors_with_steps_of_different_dtypes_can_share_a_call():
     torch.testing.assert_close(*runs)
 
 
+def indexed_step(verbs, dtypes, masters=()):
+    """One step of two bfloat16 tensors whose states may have any dtypes: moments, largest, ages."""
+    indices = [torch.arange(0, 40, 2, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    params = [torch.linspace(-1, 1 + i, 40, device=DEVICE).bfloat16() for i in range(2)]
+    grads = [torch.linspace(-2, 3, 40, device=DEVICE).bfloat16() for _ in range(2)]
+    values = torch.linspace(0.25, 0.5, 20, device=DEVICE).bfloat16()
+    *moments, ages = [
+        [values.to(dtype) if dtype.is_floating_point else torch.arange(20, device=DEVICE, dtype=dtype)
+         for dtype in pair]
+        for pair in dtypes
+    ]  # fmt: skip
+    masters = [p[i.long()].to(dtype) for p, i, dtype in zip(params, indices, masters, strict=False)]
+    steps = [torch.tensor(3.0, device="cpu") for _ in range(2)]
+    verbs.adamw_indexed_(params, grads, indices, *moments, masters, ages, steps, **HYPER)
+    return [params, *moments, masters, ages]
+
+
+@pytest.mark.parametrize("column", range(5), ids=["exp_avg", "exp_avg_sq", "largest", "age", "master"])
+def test_lists_whose_states_have_different_dtypes_can_share_a_call(column):
+    state, other = [(torch.float32,) * 2] * 3 + [(torch.int32,) * 2], (torch.float32, torch.float64)
+    masters = (torch.float32,) * 2
+    expected = indexed_step(reference, state, masters)
+    if column == 4:
+        masters = other
+    else:
+        state[column] = (torch.int32, torch.int64) if column == 3 else other
+    for got, want in zip(indexed_step(triton_kernels, state, masters), expected, strict=True):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-6, atol=1e-7)
+
+
+ELSEWHERE = torch.device("cpu" if DEVICE.type == "cuda" else "meta")
+
+
+@pytest.mark.parametrize("column", range(1, 6), ids=["grad", "exp_avg", "exp_avg_sq", "mask", "statistic"])
+def test_a_tensor_on_another_device_is_refused_before_anything_is_counted(column):
+    columns = [torch.full((40,), 0.5, device=DEVICE) for _ in range(6)]
+    columns[4] = torch.full((8,), 255, dtype=torch.uint8, device=DEVICE)
+    columns[column] = columns[column].to(ELSEWHERE)
+    param, grad, exp_avg, exp_avg_sq, bits, statistic = columns
+    step, flag = torch.tensor(0.0, device="cpu"), torch.tensor(False, device=DEVICE)
+    # a table that has been refused is not one that is known to be right
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"must be there too, got a tensor on {ELSEWHERE}.*; move it"):
+            triton_kernels.adamw_(
+                [param], [grad], [exp_avg], [exp_avg_sq], [], [step],
+                bits=[bits], statistics=[statistic], nonfinite=[flag], **HYPER,
+            )  # fmt: skip
+    assert step == 0 and torch.equal(param, torch.full_like(param, 0.5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_scores_of_other_dtypes_are_ranked_as_float32(dtype):
     scores = torch.tensor([1.0, float("inf"), float("nan"), 2.0, 0.5], dtype=dtype, device=DEVICE)

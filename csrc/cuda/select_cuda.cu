@@ -354,12 +354,14 @@ __global__ void __launch_bounds__(kRowThreads) write_passing(const __grid_consta
 
 std::vector<CompactRow> compact_rows(const CompactCall& call) {
     std::vector<CompactRow> rows;
-    int64_t* places = call.places;
+    const bool lists = call.places != nullptr;
+    int64_t place = 0;
     for (size_t i = 0; i < call.tensors.size(); ++i) {
         const CompactTensor& tensor = call.tensors[i];
-        rows.push_back({MaskRow(tensor.mask, 0), tensor.bits, tensor.indices, places, call.totals + i,
+        rows.push_back({MaskRow(tensor.mask, 0), tensor.bits, tensor.indices,
+                        lists ? call.places + place : nullptr, lists ? call.totals + i : nullptr,
                         tensor.is_64_bit, is_aligned(tensor.mask, 0)});
-        places += tiles_of(tensor.mask.numel);
+        place += tiles_of(tensor.mask.numel);
     }
     return rows;
 }

@@ -151,9 +151,10 @@ class _Table:
         """The addresses of this step's gradients, on the device."""
         addresses = tuple(map(Tensor.data_ptr, grads))
         if addresses != self._last:
-            if not self._last:
-                _check_devices(self.device, grads)
             _refuse_capture(self.device)
+            if not self._last:
+                # later ones belong to the same parameters, and torch keeps them where those are
+                _check_devices(self.device, grads)
             self._gradients.copy_(_pinned(_int64(addresses), self.device), non_blocking=True)
             self._last = addresses
         return self._gradients
@@ -378,6 +379,20 @@ def _tile_words(start, seed, draw, key):
     low = (counter & 0xFFFFFFFF).to(tl.uint32)[:, None] + tl.arange(0, 256).to(tl.uint32)[None, :]
     high = (counter >> 32).to(tl.uint32)[:, None] + zero
     return tl.philox(seed, low, high, zero + draw, zero + key)
+
+
+@triton.jit
+def _quarter(w0, w1, w2, w3, quarter: tl.constexpr):
+    """One of the four blocks of `_tile_words`."""
+    return w0 if quarter == 0 else w1 if quarter == 1 else w2 if quarter == 2 else w3
+
+
+@triton.jit
+def _one_word_selects(seed, draw, key, last_word, any_word):
+    """Whether the word of entry 0, which decides for its whole tensor, selects it."""
+    zero = tl.zeros([], tl.uint32)
+    word, _, _, _ = tl.philox(seed, zero, zero, zero + draw, zero + key)
+    return (word <= last_word) & (any_word != 0)
 
 
 @triton.jit
@@ -628,10 +643,7 @@ def _adamw_kernel(
 
     drawn = True
     if MASK == _ONE_WORD:
-        # the word of entry 0 decides for the whole tensor
-        zero = tl.zeros([], tl.uint32)
-        decisive, _, _, _ = tl.philox(seed, zero, zero, zero + draw, zero + key)
-        drawn = (decisive <= last_word) & (any_word != 0)
+        drawn = _one_word_selects(seed, draw, key, last_word, any_word)
         if UNSELECTED == _FROZEN and KIND is None:
             if drawn == 0:
                 return
@@ -664,8 +676,7 @@ def _adamw_kernel(
             offs = tiles[:, None] * 1024 + within[None, :]
             selected = True
             if MASK == _SEEDED:
-                word = w0 if quarter == 0 else w1 if quarter == 1 else w2 if quarter == 2 else w3
-                selected = (word <= last_word) & (any_word != 0)
+                selected = (_quarter(w0, w1, w2, w3, quarter) <= last_word) & (any_word != 0)
             elif MASK == _BITS:
                 selected = (tl.load(mask_ptr + offs // 8) >> (within % 8)[None, :].to(tl.uint8)) & 1 != 0
             elif MASK == _SCORES:
@@ -676,7 +687,7 @@ def _adamw_kernel(
                 selected = drawn
             rounding_word = 0
             if ROUNDED:
-                rounding_word = r0 if quarter == 0 else r1 if quarter == 1 else r2 if quarter == 2 else r3
+                rounding_word = _quarter(r0, r1, r2, r3, quarter)
             spoiled_tile |= _adamw_block(
                 param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, largest_ptr, statistic_ptr,
                 offs, True, selected, rounding_word, factor, rescale, statistic_scale,
@@ -794,13 +805,13 @@ class _Clock:
         """What the launch has to look at itself."""
         return self._found_inf if self.on_device else None
 
-    def _numbers_of(self, count: float, with_ages: bool) -> tuple[float, ...]:
-        lr, beta1, beta2 = (float(x) for x in self._hyper)
+    def _numbers_of(self, count: float, hyper: list[float], with_ages: bool) -> tuple[float, ...]:
+        lr, beta1, beta2 = hyper
+        decay = 1 - lr * self._weight_decay
         if with_ages:
             # every entry has a bias correction of its own
-            return 1 - lr * self._weight_decay, 1 - beta1, beta2, 1 - beta2, self._eps, lr, beta1
+            return decay, 1 - beta1, beta2, 1 - beta2, self._eps, lr, beta1
         correction1, correction2 = 1 - power(beta1, int(count)), 1 - power(beta2, int(count))
-        decay = 1 - lr * self._weight_decay
         return decay, 1 - beta1, beta2, 1 - beta2, self._eps, lr / correction1, math.sqrt(correction2)
 
     def count(
@@ -827,9 +838,10 @@ class _Clock:
         else:
             torch._foreach_add_(list(self._steps), 1)
         counts = list(map(Tensor.item, self._steps))
+        hyper = [float(x.item() if isinstance(x, Tensor) else x) for x in self._hyper]
         if not as_table and counts.count(counts[0]) == len(counts):
-            return self._numbers_of(counts[0], with_ages), None
-        known = {count: self._numbers_of(count, with_ages) for count in set(counts)}
+            return self._numbers_of(counts[0], hyper, with_ages), None
+        known = {count: self._numbers_of(count, hyper, with_ages) for count in set(counts)}
         host = torch.tensor([known[count] for count in counts], dtype=torch.float64, device="cpu")
         _refuse_capture(table.device)
         return none, table.numbers().copy_(_pinned(host, table.device), non_blocking=True)
@@ -931,7 +943,9 @@ def adamw_(
             rounding_key=rounding.keys if rounding is not None and rounded else None,
         )
         with _on(device):
+            # these may refuse, and a refused step is not counted
             table = _table(device, columns, list(map(Tensor.numel, group)))
+            addresses = table.gradients(group_grads)
             counted = clock.count(table, as_table=group[0].dtype == torch.float64)
             if counted is None or not table.programs:
                 continue
@@ -940,7 +954,7 @@ def adamw_(
             rounding_seed, rounding_draw, _, _ = _drawn(rounding if rounded else None)
             dtypes = [_TL[column[0].dtype] for column in (group, group_grads, moments[0], moments[1])]
             _adamw_kernel[(table.programs,)](
-                table.rows, table.owner, table.gradients(group_grads), numbers_table,
+                table.rows, table.owner, addresses, numbers_table,
                 _scalar(grad_scale, device), _scalar(clock.found_inf, device),
                 _stacked(statistic_scales, places, device), cut_keys, last_ties,
                 *numbers, -1.0 if maximize else 1.0, rescale,
@@ -1084,7 +1098,9 @@ def adamw_indexed_(
         }
         double = group[0].dtype == torch.float64
         with _on(device):
+            # these may refuse, and a refused step is not counted
             table = _table(device, columns, list(map(Tensor.numel, lists)), LISTED)
+            addresses = table.gradients(group_grads)
             counted = clock.count(table, as_table=double, with_ages=bool(ages))
             if counted is None or not table.programs:
                 continue
@@ -1092,7 +1108,7 @@ def adamw_indexed_(
             used = (group, group_grads, lists, *group_states)
             dtypes = [_TL[column[0].dtype] if column else None for column in used]
             _adamw_indexed_kernel[(table.programs,)](
-                table.rows, table.owner, table.gradients(group_grads), numbers_table,
+                table.rows, table.owner, addresses, numbers_table,
                 _scalar(grad_scale, device), _scalar(clock.found_inf, device),
                 *numbers, -1.0 if maximize else 1.0,
                 *dtypes,
@@ -1513,16 +1529,21 @@ def compact(
 # --- compact state, gradients and weights -----------------------------------------------------------------
 
 
+@triton.jit
+def _listed_places(table_ptr, owner_ptr):
+    """The tensor of this program, its row, and 1024 places in its list: the last may be beyond its end."""
+    tensor = tl.load(owner_ptr + tl.program_id(0)).to(tl.int64)
+    row_ptr = table_ptr + tensor * _COLUMNS
+    offs = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _LISTED + tl.arange(0, _LISTED)
+    return tensor, row_ptr, offs, offs < tl.load(row_ptr + _NUMEL)
+
+
 @triton.jit(do_not_specialize=["searches"])
 def _remap_kernel(
     table_ptr, owner_ptr, searches: tl.int32, INDEX: tl.constexpr, VALUE: tl.constexpr
 ):  # fmt: skip
     """Finds each entry of a new list in the old one, and copies its value, or zero."""
-    tensor = tl.load(owner_ptr + tl.program_id(0)).to(tl.int64)
-    row_ptr = table_ptr + tensor * _COLUMNS
-    start = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _LISTED
-    offs = start + tl.arange(0, _LISTED)
-    in_range = offs < tl.load(row_ptr + _NUMEL)
+    _, row_ptr, offs, in_range = _listed_places(table_ptr, owner_ptr)
     new_ptr = tl.load(row_ptr + _INDICES).to(tl.pointer_type(INDEX))
     old_ptr = tl.load(row_ptr + _PARAM).to(tl.pointer_type(INDEX))
     old_count = tl.load(row_ptr + _OFFSET)
@@ -1582,10 +1603,7 @@ def _gather_kernel(
     table_ptr, owner_ptr, tensors_ptr, BUFFER: tl.constexpr, VALUE: tl.constexpr, INDEX: tl.constexpr
 ):  # fmt: skip
     """Adds the listed entries of a tensor to its buffer."""
-    tensor = tl.load(owner_ptr + tl.program_id(0)).to(tl.int64)
-    row_ptr = table_ptr + tensor * _COLUMNS
-    offs = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _LISTED + tl.arange(0, _LISTED)
-    in_range = offs < tl.load(row_ptr + _NUMEL)
+    tensor, row_ptr, offs, in_range = _listed_places(table_ptr, owner_ptr)
     index_ptr = tl.load(row_ptr + _INDICES).to(tl.pointer_type(INDEX))
     buffer_ptr = tl.load(row_ptr + _EXP_AVG).to(tl.pointer_type(BUFFER))
     value_ptr = tl.load(tensors_ptr + tensor).to(tl.pointer_type(VALUE))
@@ -1638,9 +1656,7 @@ def _norm_kernel(
         last_word = tl.full([], last_word, tl.uint32)
         drawn = True
         if MASK == _ONE_WORD:
-            zero = tl.zeros([], tl.uint32)
-            decisive, _, _, _ = tl.philox(seed, zero, zero, zero + draw, zero + key)
-            drawn = (decisive <= last_word) & (any_word != 0)
+            drawn = _one_word_selects(seed, draw, key, last_word, any_word)
         aligned = (tl.load(row_ptr + _ALIGNED) != 0) & (grad_address % 16 == 0)
         if aligned & (start + _TILE <= numel):
             grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16)
@@ -1654,7 +1670,7 @@ def _norm_kernel(
                 offs = locals[:, None] + within[None, :]
                 value = tl.load(grad_ptr + offs).to(tl.float64)
                 if MASK == _SEEDED:
-                    word = w0 if quarter == 0 else w1 if quarter == 1 else w2 if quarter == 2 else w3
+                    word = _quarter(w0, w1, w2, w3, quarter)
                     value = tl.where((word <= last_word) & (any_word != 0), value, 0.0)
                 elif MASK == _BITS:
                     packed = tl.load(mask_address.to(tl.pointer_type(tl.uint8)) + offs // 8)
@@ -1726,10 +1742,7 @@ def _apply_delta_kernel(
     table_ptr, owner_ptr, VALUE: tl.constexpr, INDEX: tl.constexpr, MODE: tl.constexpr
 ):  # fmt: skip
     """Writes listed entries of one tensor."""
-    tensor = tl.load(owner_ptr + tl.program_id(0)).to(tl.int64)
-    row_ptr = table_ptr + tensor * _COLUMNS
-    offs = (tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)) * _LISTED + tl.arange(0, _LISTED)
-    in_range = offs < tl.load(row_ptr + _NUMEL)
+    _, row_ptr, offs, in_range = _listed_places(table_ptr, owner_ptr)
     index_ptr = tl.load(row_ptr + _INDICES).to(tl.pointer_type(INDEX))
     value_ptr = tl.load(row_ptr + _EXP_AVG).to(tl.pointer_type(VALUE))
     index = tl.load(index_ptr + offs, mask=in_range, other=0).to(tl.int64)
