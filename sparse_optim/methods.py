@@ -38,6 +38,9 @@ class Options(TypedDict, total=False):
     stochastic_rounding: bool
     release_gradients: bool
     max_grad_norm: float | None
+    observe_unit: Literal["step", "microbatch"]
+    statistic_dtype: torch.dtype | None
+    statistic_device: str | torch.device | None
     maximize: bool
     foreach: bool | None
     capturable: bool

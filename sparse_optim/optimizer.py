@@ -6,7 +6,9 @@ exp_avg_sq
 
 from __future__ import annotations
 
+import functools
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -21,6 +23,7 @@ from .backends.reference import (
     CONTROL_DRAWS,
     FIRST_WIDTH,
     MASK_DRAWS,
+    STATISTIC_ROUNDING_DRAWS,
     WEIGHT_ROUNDING_DRAWS,
     Draws,
     purpose_draw,
@@ -28,6 +31,7 @@ from .backends.reference import (
     unpack_bits,
     whole,
 )
+from .gradient_release import GradientRelease, ReleasedGradient, Waiting
 from .masks import EVERYTHING, NOTHING, Bits, Indexed, Mask, Seeded
 from .policies import Bernoulli, GradualUnfreezing, Policy, TopK, layer_of
 from .state import (
@@ -63,6 +67,7 @@ class _Bucket(NamedTuple):
     backend: ModuleType
     params: list[Tensor]
     grads: list[Tensor]
+    form: str  # of the gradients: "whole", "listed" entries of a selection, or "folded" into the statistic
     calls: dict[tuple[bool, int], list[_Call]]  # by what decides about masks; filled when first asked for
 
 
@@ -105,8 +110,19 @@ class MaskedAdamW(SurvivingOptimizer):
         backend: "auto", "reference", "native" or "triton".
         state_dtype: dtype of parameter-shaped moments; None follows the parameter, as torch does.
         stochastic_rounding: round bfloat16 parameters with parameter-shaped moments stochastically.
-        release_gradients: not available yet.
+        release_gradients: keep of each gradient the selected entries only, as soon as the backward pass has
+            made
+            it: 4 bytes per selected entry instead of one dense gradient per parameter. For a `TopK` policy
+            with compact moments. `optimizer.gradient_release` is the handle; `p.grad` then is a
+            `ReleasedGradient`.
         max_grad_norm: scale the gradients down so that the norm of the *selected* entries is at most this.
+        observe_unit: "step": a statistic sees the gradient that `step()` sees, the sum over micro-batches.
+            "microbatch" (with `release_gradients` only): it sees each micro-batch on its own, so that no
+            gradient has to wait; for squares that is another statistic.
+        statistic_dtype: torch.bfloat16 halves a statistic, which is then rounded stochastically; None is
+            float32.
+        statistic_device: "cpu" keeps statistics in the host's memory, and selects there; None: where the
+            parameter is.
         foreach, fused: for compatibility. `foreach` and `fused=False` run the reference backend, `fused=True`
             demands an accelerated one.
         capturable: not available yet.
@@ -146,7 +162,13 @@ class MaskedAdamW(SurvivingOptimizer):
         "state_dtype",
         "stochastic_rounding",
         "max_grad_norm",
+        "release_gradients",
+        "observe_unit",
+        "statistic_dtype",
+        "statistic_device",
     )
+    gradient_release: GradientRelease | None = None
+    _waiting: Waiting | None = None
     _depths: dict[str, int] | None = None
     _keys_checked: bool = False
     _plan: _Plan | None = None
@@ -168,6 +190,9 @@ class MaskedAdamW(SurvivingOptimizer):
         stochastic_rounding: bool = False,
         release_gradients: bool = False,
         max_grad_norm: float | None = None,
+        observe_unit: Literal["step", "microbatch"] = "step",
+        statistic_dtype: torch.dtype | None = None,
+        statistic_device: str | torch.device | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -210,15 +235,19 @@ class MaskedAdamW(SurvivingOptimizer):
                 f"unselected must be 'frozen' under GradualUnfreezing, got {unselected!r}; its layers start "
                 "untouched."
             )
-        for name, asked in (("release_gradients", release_gradients), ("capturable", capturable)):
-            if asked:
-                raise NotImplementedError(f"{name}=True is not available in this version; leave it False.")
+        if capturable:
+            raise NotImplementedError("capturable=True is not available in this version; leave it False.")
         self.policy = policy
         self.unselected = unselected
         self.backend = backend
         self.state_dtype = state_dtype
         self.stochastic_rounding = stochastic_rounding
         self.max_grad_norm = max_grad_norm
+        self.release_gradients = release_gradients
+        self.observe_unit = observe_unit
+        self.statistic_dtype = statistic_dtype
+        self.statistic_device = None if statistic_device is None else torch.device(statistic_device)
+        self._check_memory_options(differentiable)
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -237,6 +266,42 @@ class MaskedAdamW(SurvivingOptimizer):
             "seed": seed,
         }
         super().__init__(params, defaults)
+        self._watch_gradients()
+
+    def _check_memory_options(self, differentiable: bool) -> None:
+        policy = self._selecting_policy
+        if self.release_gradients and (policy is None or not self._compact or differentiable):
+            raise ValueError(
+                "release_gradients=True needs a TopK policy below density 1 with unselected='frozen', "
+                "Schedule(meanwhile='nothing') and differentiable=False, got "
+                f"{self._masking()}; other ways to train need whole gradients in step()."
+            )
+        if self.observe_unit not in ("step", "microbatch") or (
+            self.observe_unit == "microbatch" and not self.release_gradients
+        ):
+            raise ValueError(
+                "observe_unit must be 'step', or 'microbatch' with release_gradients=True, got "
+                f"{self.observe_unit!r}; without release, observe each micro-batch with "
+                f"Schedule(observe=None)."
+            )
+        if self.statistic_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"statistic_dtype must be torch.float32, torch.bfloat16 or None, got "
+                f"{self.statistic_dtype!r}; "
+                "torch.bfloat16 is the smallest."
+            )
+        if self.statistic_device is not None and self.statistic_device.type != "cpu":
+            raise ValueError(
+                f"statistic_device must be 'cpu' or None, got {str(self.statistic_device)!r}; None keeps a "
+                "statistic where its parameter is."
+            )
+        bounded = self.statistic_dtype == torch.bfloat16 or self.statistic_device is not None
+        if bounded and (policy is None or not policy.statistic.is_its_own_score):
+            raise ValueError(
+                "statistic_dtype and statistic_device need a TopK policy whose score is its statistic, such "
+                "as "
+                f"SquaredGradient() or SignedGradient(), got policy={self.policy!r}; leave them None."
+            )
 
     # the step
 
@@ -264,6 +329,11 @@ class MaskedAdamW(SurvivingOptimizer):
         return loss
 
     def _step(self) -> None:
+        self._finish_waiting()
+        if self.gradient_release is not None:
+            self._watch_gradients()
+            self.gradient_release.settle()
+            self.gradient_release.check()
         buckets = self._buckets()
         if not buckets or self._is_only_for_show(buckets):
             return
@@ -277,6 +347,8 @@ class MaskedAdamW(SurvivingOptimizer):
             masked = [bucket for bucket in buckets if bucket.group["masked"]]
             if policy.schedule.phase(self._number("clock") + 1) % 2 == 1:
                 # found before and applied after the update: an error leaves the weights alone
+                if self.gradient_release is not None and self.gradient_release.is_shared and self._folds:
+                    self.gradient_release.share_statistics(self.state, self._statistics)
                 observed = self._observed(masked)
                 selected, spoiled = self._selection(observed, self._accumulate(masked, observed))
             elif not self._accumulates_in_update:
@@ -298,7 +370,7 @@ class MaskedAdamW(SurvivingOptimizer):
         params = [p for known in self._known for p in known]
         grads: list[Any] = [p.grad for p in params]
         kinds = [
-            None if grad is None else (p.dtype, p.device, grad.dtype, grad.layout)
+            None if grad is None else (_form(grad), p.dtype, p.device, grad.dtype, grad.layout)
             for p, grad in zip(params, grads, strict=True)
         ]
         switches = [(group["masked"], group["amsgrad"]) for group in self.param_groups]
@@ -306,21 +378,25 @@ class MaskedAdamW(SurvivingOptimizer):
         if self._plan is None or self._plan.signature != signature:
             self._plan = _Plan(signature, self._plan_buckets(kinds))
         return [
-            bucket._replace(group=self.param_groups[number], grads=[grads[i] for i in places])
+            bucket._replace(
+                group=self.param_groups[number],
+                grads=[grads[i].kept.values if bucket.form == "listed" else grads[i] for i in places],
+            )
             for number, places, bucket in self._plan.buckets
         ]
 
-    def _plan_buckets(self, kinds: Sequence[object]) -> list[tuple[int, list[int], _Bucket]]:
+    def _plan_buckets(self, kinds: Sequence[tuple[Any, ...] | None]) -> list[tuple[int, list[int], _Bucket]]:
         buckets: dict[tuple[object, ...], tuple[int, list[int], _Bucket]] = {}
         seen: set[Tensor] = set()
         place = 0
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if kinds[place] is not None and p not in seen:
+                kind = kinds[place]
+                if kind is not None and p not in seen:
                     self._check_gradient(p, group)
-                    key = (number, kinds[place])
+                    key = (number, kind)
                     if key not in buckets:
-                        bucket = _Bucket({}, self._backend(p.device), [], [], {})
+                        bucket = _Bucket({}, self._backend(p.device), [], [], kind[0], {})
                         buckets[key] = (number, [], bucket)
                     _, places, bucket = buckets[key]
                     places.append(place)
@@ -363,33 +439,85 @@ class MaskedAdamW(SurvivingOptimizer):
         """
         assert isinstance(self.policy, TopK)
         statistic, per_tensor = self.policy.statistic, self.policy.scope == "tensor"
-        columns = [self._statistics(bucket.params) for bucket in buckets]
+        # what is folded was added when it arrived
+        buckets = [bucket for bucket in buckets if bucket.form == "whole"]
+        columns = [self._statistics(bucket.params)[0] for bucket in buckets]
         arriving = [p for bucket in buckets for p in bucket.params]
         counts = None
-        rides = statistic.is_accumulated and statistic.is_its_own_score
+        rides = (
+            statistic.is_accumulated
+            and statistic.is_its_own_score
+            and self.statistic_device is None
+            # a selection that fails is made again from gradients that were added up and dropped
+            and self.gradient_release is None
+        )
         if rides and observed and len(arriving) == len(observed):
-            kinds = {(t.device, t.dtype) for statistics, _ in columns for t in statistics}
+            kinds = {(t.device, t.dtype) for statistics in columns for t in statistics}
             device, dtype = kinds.pop()
             if not kinds and dtype in (torch.float32, torch.bfloat16):
                 rows = len(arriving) if per_tensor else 1
                 counts = torch.zeros(rows, 1 << FIRST_WIDTH, dtype=torch.int64, device=device)
         row = 0
-        for bucket, (statistics, nonfinite) in zip(buckets, columns, strict=True):
-            with torch.no_grad():
-                if counts is None:
-                    statistic.update(statistics, bucket.grads, nonfinite, bucket.backend)
-                else:
-                    bucket.backend.accumulate_(
-                        statistics, bucket.grads, nonfinite,
-                        kind=statistic.accumulates, grad_scales=statistic.grad_scales(bucket.grads),
-                        first_counts=counts[row : row + len(statistics)] if per_tensor else counts,
-                        absolute=statistic.absolute,
-                    )  # fmt: skip
-            row += len(statistics)
+        for bucket in buckets:
+            more = row + len(bucket.params)
+            own = counts[row:more] if per_tensor and counts is not None else counts
+            self._add_up(bucket.params, bucket.grads, own)
+            row = more
+            self._finish_waiting()
+            if self.gradient_release is not None and observed:
+                # selecting needs memory too
+                for p in bucket.params:
+                    self.gradient_release.dropped(p)
         if counts is not None and per_tensor:
             rows_of = {p: row for row, p in enumerate(arriving)}
             counts = counts[[rows_of[p] for p in observed]]
         return counts
+
+    @torch.no_grad()
+    def _add_up(self, params: list[Tensor], grads: list[Tensor], counts: Tensor | None = None) -> None:
+        """Gradients of one device and dtype --accumulate_--> statistic, and its first counts."""
+        assert isinstance(self.policy, TopK)
+        if self.statistic_device is not None and grads[0].device != self.statistic_device:
+            if self._waiting is None:
+                mine = weakref.proxy(self)
+                self._waiting = Waiting(lambda p, grad: mine._add_up([p], [grad]))
+            for p, grad in zip(params, grads, strict=True):
+                self._waiting.put(p, grad)
+            return
+        statistic, backend = self.policy.statistic, self._backend(grads[0].device)
+        statistics, nonfinite = self._statistics(params)
+        parts: list[tuple[list[int], dict[str, Any]]] = [(list(range(len(params))), {})]
+        if self.statistic_dtype == torch.bfloat16:
+            parts = self._rounded_parts(params)
+        for places, rounding in parts:
+            some = [[column[i] for i in places] for column in (statistics, grads, nonfinite)]
+            if counts is None:
+                verbs: Any = _Rounding(backend, rounding) if rounding else backend
+                statistic.update(some[0], some[1], some[2], verbs)
+            else:
+                per_tensor = self.policy.scope == "tensor"
+                own = counts[places] if per_tensor else counts
+                backend.accumulate_(
+                    *some, kind=statistic.accumulates, grad_scales=statistic.grad_scales(some[1]),
+                    first_counts=own, absolute=statistic.absolute, **rounding,
+                )  # fmt: skip
+                if per_tensor:
+                    counts[places] = own
+
+    def _rounded_parts(self, params: list[Tensor]) -> list[tuple[list[int], dict[str, Any]]]:
+        """Parameters by how often their statistic has been rounded, which numbers its random words."""
+        by_number: dict[int, list[int]] = {}
+        for i, p in enumerate(params):
+            state = self.state[p]
+            state["roundings"] = int(state.get("roundings", 0)) + 1
+            by_number.setdefault(state["roundings"], []).append(i)
+        seed = self._number("seed")
+        parts: list[tuple[list[int], dict[str, Any]]] = []
+        for number, places in by_number.items():
+            keys = [self._tensor_key(params[i]) for i in places]
+            draws = Draws(seed, purpose_draw(STATISTIC_ROUNDING_DRAWS, number % (1 << 28)), 0, keys)
+            parts.append((places, {"rounding": draws}))
+        return parts
 
     def _statistics(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The statistics of parameters and their flags for non-finite gradients, begun where there are
@@ -400,14 +528,17 @@ class MaskedAdamW(SurvivingOptimizer):
         for p, state in zip(params, states, strict=True):
             if "statistic" not in state:
                 fresh = statistic.init(p, seed=self._number("seed"), key=self._tensor_key(p))
-                if fresh.device != p.device:
+                if fresh.device != p.device and self.statistic_device is None:
                     raise ValueError(
                         f"init of {type(statistic).__name__} must make a tensor on {p.device}, where "
                         f"{self._name(p)!r} is, got one on {fresh.device}; make it with device=param.device."
                     )
                 self._start(p)
-                state["statistic"] = fresh
-                state["nonfinite"] = torch.zeros((), dtype=torch.bool, device=p.device)
+                home = p.device if self.statistic_device is None else self.statistic_device
+                state["statistic"] = fresh.to(
+                    home, fresh.dtype if self.statistic_dtype is None else self.statistic_dtype
+                )
+                state["nonfinite"] = torch.zeros((), dtype=torch.bool, device=home)
         return [state["statistic"] for state in states], [state["nonfinite"] for state in states]
 
     def _observed(self, buckets: Sequence[_Bucket] = ()) -> list[Tensor]:
@@ -448,9 +579,10 @@ class MaskedAdamW(SurvivingOptimizer):
         """
         assert isinstance(self.policy, TopK)
         statistic = self.policy.statistic
+        scores = [statistic.score(self.state[p]["statistic"], self.state[p]) for p in observed]
         masks = self.policy.select(
-            [statistic.score(self.state[p]["statistic"], self.state[p]) for p in observed],
-            self._backend(observed[0].device),
+            scores,
+            self._backend(scores[0].device),
             as_bits=not self._compact,
             first_counts=first_counts,
         )
@@ -462,49 +594,56 @@ class MaskedAdamW(SurvivingOptimizer):
                 f"{len(spoiled)} of {len(observed)} observed parameters had non-finite gradient entries, "
                 f"which counted as zero; the first is {self._name(spoiled[0])!r}."
             )
-        return dict(zip(observed, masks, strict=True)), warning
+        return {p: _moved(mask, p.device) for p, mask in zip(observed, masks, strict=True)}, warning
 
     def _apply_selection(self, masks: Mapping[Tensor, Mask]) -> None:
-        """Store new masks, carry compact state over to them, and drop the statistics."""
-        self._plan = None
-        lists: dict[Tensor, Tensor] = {}
-        for p, mask in masks.items():
-            state = self.state[p]
-            for key in ("statistic", "nonfinite", "count", "curvature"):
-                state.pop(key, None)
-            if isinstance(mask, Bits):
-                state["bits"] = mask.bits
-            elif isinstance(mask, Indexed):
-                lists[p] = mask.indices
+        """Store new masks, carry compact state over to them, and drop the statistics.
+
+        Everything is made before anything is stored: an error, memory that runs out for one, leaves all as
+        it was.
+        """
+        new: dict[Tensor, dict[str, Any]] = {}
         for p, state in self.state.items():
             # not observed this time: nothing of it is selected any more (users may keep notes under other
             # keys)
-            if isinstance(p, Tensor) and p not in masks:
-                if "bits" in state:
-                    state["bits"] = torch.zeros_like(state["bits"])
-                elif "indices" in state:
-                    lists[p] = state["indices"][:0]
-        self._remap([p for p in lists if "exp_avg" in self.state[p]], lists)
-        for p, indices in lists.items():
-            self.state[p]["indices"] = indices
+            mask = masks.get(p) if isinstance(p, Tensor) else None
+            if isinstance(mask, Bits):
+                new[p] = {"bits": mask.bits}
+            elif isinstance(mask, Indexed):
+                new[p] = {"indices": mask.indices}
+            elif isinstance(p, Tensor) and "bits" in state:
+                new[p] = {"bits": torch.zeros_like(state["bits"])}
+            elif isinstance(p, Tensor) and "indices" in state:
+                new[p] = {"indices": state["indices"][:0]}
+        self._remap([p for p in new if "indices" in new[p] and "exp_avg" in self.state[p]], new)
+        self._plan = None
+        for p, changed in new.items():
+            state = self.state[p]
+            state.update(changed)
+            if p in masks:
+                for key in ("statistic", "nonfinite", "count", "curvature"):
+                    state.pop(key, None)
 
-    def _remap(self, params: list[Tensor], lists: Mapping[Tensor, Tensor]) -> None:
+    def _remap(self, params: list[Tensor], new: dict[Tensor, dict[str, Any]]) -> None:
+        """Add to the new lists the compact state that goes with them."""
         for device in dict.fromkeys(p.device for p in params):
             here = [p for p in params if p.device == device]
-            states = [self.state[p] for p in here]
-            for state in states:
-                if "age" not in state:
-                    step = int(state["step"])
-                    state["age"] = torch.full_like(state["indices"], step, dtype=torch.int32)
+            states = []
+            for p in here:
+                state = self.state[p]
+                age = state.get("age")
+                if age is None:
+                    age = torch.full_like(state["indices"], int(state["step"]), dtype=torch.int32)
+                states.append(state | {"age": age})
             names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age")
             compact = [[name for name in names if name in state] for state in states]
             carried = self._backend(device).remap_(
                 [state["indices"] for state in states],
-                [lists[p] for p in here],
+                [new[p]["indices"] for p in here],
                 [[state[key] for key in keys] for state, keys in zip(states, compact, strict=True)],
             )
-            for state, keys, values in zip(states, compact, carried, strict=True):
-                state.update(zip(keys, values, strict=True))
+            for p, keys, values in zip(here, compact, carried, strict=True):
+                new[p].update(zip(keys, values, strict=True))
 
     def _update(self, buckets: list[_Bucket], observing: bool, *, accumulating: bool) -> None:
         """mask --adamw_--> p, exp_avg, exp_avg_sq: one call per bucket and kind of mask. `accumulating`, the
@@ -580,15 +719,15 @@ class MaskedAdamW(SurvivingOptimizer):
             "differentiable": self.defaults["differentiable"],
         }
         if call.kind is Indexed:
-            indices = column("indices")
+            indices, listed = column("indices"), bucket.form == "listed"
 
             def update_indexed(grad_scale: Tensor | None) -> None:
                 backend.adamw_indexed_(
                     params, grads, indices, *moments, column("master"), column("age"), column("step"),
-                    **hyper, grad_scale=grad_scale,
+                    **hyper, grad_scale=grad_scale, compact_grads=listed,
                 )  # fmt: skip
 
-            return update_indexed, lambda: backend.norm(grads, indices=indices)
+            return update_indexed, lambda: backend.norm(grads, indices=None if listed else indices)
         selection: dict[str, Any] = {}
         observation: dict[str, Any] = {}
         rescale, rounding = 1.0, None
@@ -710,6 +849,9 @@ class MaskedAdamW(SurvivingOptimizer):
             isinstance(self.policy, TopK)
             and self._trains_while_observing
             and self.policy.statistic.is_accumulated
+            # an update adds to statistics where the parameter is, and does not round them
+            and self.statistic_dtype != torch.bfloat16
+            and self.statistic_device is None
             # autograd would record the statistic with the update
             and not self.defaults["differentiable"]
         )
@@ -717,7 +859,8 @@ class MaskedAdamW(SurvivingOptimizer):
     @property
     def _uses_keys(self) -> bool:
         if isinstance(self.policy, TopK):
-            return self.stochastic_rounding or self.policy.statistic.random
+            rounds = self.stochastic_rounding or self.statistic_dtype == torch.bfloat16
+            return rounds or self.policy.statistic.random
         drawn = isinstance(self.policy, Bernoulli) and not self.policy.trains_everything
         return self.stochastic_rounding or drawn
 
@@ -725,6 +868,63 @@ class MaskedAdamW(SurvivingOptimizer):
     def _compact(self) -> bool:
         """Whether moments are kept for selected entries only."""
         return self.unselected == "frozen" and not self._trains_while_observing
+
+    # gradients that are released
+
+    def _watch_gradients(self) -> None:
+        if not self.release_gradients:
+            return
+        if self.gradient_release is None:
+            self.gradient_release = GradientRelease(self)
+        self.gradient_release.watch(self._masked_parameters())
+
+    def _listed(self, param: Tensor) -> Tensor | None:
+        """The entries that the coming step trains, where it trains a list."""
+        if self._number("phase") % 2 == 0:
+            return None
+        indices: Tensor | None = self.state.get(param, {}).get("indices")
+        return indices
+
+    @property
+    def _folds(self) -> bool:
+        """Whether a statistic takes gradients before `step()`: where their sum would make no difference, or
+        is not asked for, and the step cannot be skipped.
+        """
+        policy, release = self._selecting_policy, self.gradient_release
+        return (
+            policy is not None
+            and policy.schedule.observe is not None
+            and (self.observe_unit == "microbatch" or policy.statistic.is_linear)
+            and release is not None
+            and not release.has_scaler
+        )
+
+    def _fold(self, param: Tensor, grad: Tensor) -> bool:
+        """Adds a gradient to the parameter's statistic, where that may be done before `step()`."""
+        if self._number("phase") % 2 or not self._folds:
+            return False
+        if self._uses_keys:
+            self._check_keys()
+        self._add_up([param], [grad])
+        return True
+
+    def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
+        """Tell the optimizer of the GradScaler that may skip its steps; needed with `release_gradients=True`
+        only.
+
+        Every entry of a gradient is then checked before the gradient is released, and while observing
+        gradients stay whole until `step()`. Without `release_gradients` there is nothing to do, and nothing
+        is done.
+
+        Example:
+            >>> import torch
+            >>> from sparse_optim import MaskedAdamW, Schedule, TopK
+            >>> policy, params = TopK(0.5, schedule=Schedule(observe=1)), [torch.nn.Parameter(torch.ones(4))]
+            >>> optimizer = MaskedAdamW(params, policy=policy, release_gradients=True)
+            >>> optimizer.attach_scaler(torch.amp.GradScaler("cpu"))
+        """
+        if self.gradient_release is not None:
+            self.gradient_release.attach_scaler(scaler)
 
     # observing and looking
 
@@ -741,7 +941,16 @@ class MaskedAdamW(SurvivingOptimizer):
         self._require_explicit("observe")
         if self._selecting_policy is None:
             return
+        if self.gradient_release is not None:
+            self.gradient_release.settle()
         buckets = [bucket for bucket in self._buckets() if bucket.group["masked"]]
+        released = [p for bucket in buckets if bucket.form != "whole" for p in bucket.params]
+        if released:
+            raise RuntimeError(
+                f"observe() needs whole gradients, got a released one for {self._name(released[0])!r}; call "
+                f"backward() "
+                "inside `with optimizer.gradient_release.paused():`."
+            )
         if not buckets:
             raise RuntimeError(
                 "observe() needs the gradient of a masked parameter, got none; call it after backward(), "
@@ -966,6 +1175,26 @@ class MaskedAdamW(SurvivingOptimizer):
         self._depths = None
         self._keys_checked = False
         self._plan = None
+        if self.gradient_release is not None:
+            self._watch_gradients()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in `SurvivingOptimizer`; a copy releases gradients as the original does."""
+        super().__setstate__(state)
+        self._watch_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; every tensor has the dtype that it has while training."""
+        self._finish_waiting()
+        return super().state_dict()
+
+    def _finish_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.finish()
+
+    def _home(self, key: str, p: Tensor) -> torch.device:
+        own = key in ("statistic", "nonfinite") and self.statistic_device is not None
+        return self.statistic_device if own and self.statistic_device is not None else p.device
 
     def _depth(self, p: Tensor) -> int:
         """The stage in which gradual unfreezing lets a parameter train."""
@@ -1064,6 +1293,31 @@ class MaskedAdamW(SurvivingOptimizer):
                 f"a masked parameter must be real, got {p.dtype} for {self._name(p)!r}; "
                 "put it in a group with masked=False."
             )
+
+
+class _Rounding:
+    """A backend that rounds statistics stochastically."""
+
+    def __init__(self, backend: ModuleType, rounding: dict[str, Any]) -> None:
+        self._backend = backend
+        self.accumulate_ = functools.partial(backend.accumulate_, **rounding)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+def _form(grad: Tensor) -> str:
+    """How a gradient is kept, see `_Bucket`."""
+    if type(grad) is not ReleasedGradient:
+        return "whole"
+    return "folded" if grad.kept.values is None else "listed"
+
+
+def _moved(mask: Mask, device: torch.device) -> Mask:
+    """A mask on the device of its parameter."""
+    if isinstance(mask, Indexed):
+        return Indexed(mask.indices.to(device))
+    return Bits(mask.bits.to(device)) if isinstance(mask, Bits) else mask
 
 
 def _draws(mask: Seeded, keys: Sequence[int]) -> Draws:

@@ -71,6 +71,12 @@ class Statistic:
         """
         return type(self).update is Statistic.update and self.accumulates != ""
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether adding the gradients of micro-batches one by one is adding their sum."""
+        plain = type(self).update is Statistic.update and type(self).grad_scales is Statistic.grad_scales
+        return plain and self.accumulates in ("signed", "")
+
     def score(self, statistic: Tensor, state: Mapping[str, Any]) -> Tensor:
         """What ranks the entries, without changing the statistic. `state` is the parameter's whole state."""
         del state
@@ -282,6 +288,11 @@ class Lowest(Statistic):
     def is_accumulated(self) -> bool:
         """As the other statistic is."""
         return self.statistic.is_accumulated
+
+    @property
+    def is_linear(self) -> bool:
+        """As the other statistic is."""
+        return self.statistic.is_linear
 
     def score(self, statistic: Tensor, state: Mapping[str, Any]) -> Tensor:
         """Its score, negated."""

@@ -161,7 +161,7 @@ class SurvivingOptimizer(Optimizer):
             state = self.state.pop(old)
             for key, value in state.items():
                 if isinstance(value, Tensor) and key != "step":
-                    state[key] = value.to(new.device)
+                    state[key] = value.to(self._home(key, new))
             if new.dtype != old.dtype:
                 # the new object's values are what somebody made of the old one's
                 state.pop("master", None)
@@ -243,7 +243,12 @@ class SurvivingOptimizer(Optimizer):
         for p, state in self._saved_states(final):
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    self.state[p][key] = value.to("cpu" if key == "step" else p.device)
+                    self.state[p][key] = value.to("cpu" if key == "step" else self._home(key, p))
+
+    def _home(self, key: str, p: Tensor) -> torch.device:
+        """Where an entry of a parameter's state lies."""
+        del key
+        return p.device
 
     def _saved_states(self, final: dict[str, Any]) -> list[tuple[Tensor, Any]]:
         """Every parameter with its saved state; a wrong number of them is refused by torch, in its own

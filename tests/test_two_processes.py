@@ -3,6 +3,7 @@
 One pair of processes runs all methods and writes down what it saw; the tests read that.
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -18,7 +19,11 @@ from sparse_optim import (
     GradDropAdamW,
     GradualUnfreezing,
     MaskedAdamW,
+    Schedule,
     SecondOrderAdamW,
+    SignedGradient,
+    SquaredGradient,
+    TopK,
 )
 
 RANKS = 2
@@ -117,6 +122,123 @@ def refused_curvature():
     return "not refused"
 
 
+# gradients that are released: DistributedDataParallel leaves them alone, and ranks share the selected entries
+
+
+class Half(nn.Module):
+    """Its second layer is used where asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 30), nn.Linear(30, 30)
+        self.head = nn.Linear(30, 2)
+
+    def forward(self, x, use_second=True):
+        hidden = self.first(x).relu()
+        return self.head(hidden + self.second(hidden) if use_second else hidden)
+
+
+RELEASED = {
+    "squares": {"statistic": SquaredGradient()},
+    "one layer unused on one rank": {"statistic": SquaredGradient(), "unused": True},
+    "a scaler": {"statistic": SquaredGradient(), "scaler": True},
+    "signed": {"statistic": SignedGradient()},
+}
+
+
+def train_released(rank, release, *, statistic, unused=False, scaler=False):
+    """Three micro-batches a step; hashes of the weights, the selected entries, and the bytes of each step."""
+    torch.manual_seed(rank)
+    model = Half()
+    # rank 0's weights count
+    torch.manual_seed(rank + 10)
+    optimizer = MaskedAdamW(
+        [
+            {"params": [*model.first.named_parameters("first"), *model.second.named_parameters("second")]},
+            {"params": list(model.head.named_parameters("head")), "masked": False},
+        ],
+        lr=0.02,
+        policy=TopK(0.2, statistic=statistic, schedule=Schedule(observe=3, train=5)),
+        max_grad_norm=0.05,
+        release_gradients=release,
+    )
+    if release:
+        optimizer.gradient_release.exclude_from_ddp(model)
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    scale = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=4, enabled=scaler)
+    if scaler:
+        optimizer.attach_scaler(scale)
+    generator = torch.Generator().manual_seed(1000 + rank)
+    rows = []
+    for number in range(12):
+        optimizer.zero_grad()
+        for micro in range(3):
+            with contextlib.nullcontext() if micro == 2 else parallel.no_sync():
+                x = torch.randn(4, 24, generator=generator)
+                use_second = not (unused and rank == 1 and number > 4)
+                loss = parallel(x, use_second).square().mean()
+                if scaler and rank == 1 and number in (1, 5):
+                    loss = loss * float("inf")
+                scale.scale(loss / 3).backward()
+        with counted() as elements:
+            scale.step(optimizer)
+        scale.update()
+        masks = [optimizer.mask(p) for p in model.parameters()]
+        kept = sum(
+            p.grad.kept.values.numel()
+            for p in model.parameters()
+            if hasattr(p.grad, "kept") and p.grad.kept.values is not None
+        )
+        rows.append(
+            {
+                "weights": digest(model.parameters()),
+                "masks": digest(masks),
+                "bytes": sum(elements),
+                "kept": kept,
+            }
+        )
+    rows.append(scale.get_scale())
+    return rows
+
+
+@contextlib.contextmanager
+def counted():
+    """Bytes of everything that this process gives to a reduction."""
+    found, reduce = [], torch.distributed.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        found.append(tensor.numel() * tensor.itemsize)
+        return reduce(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = all_reduce
+    try:
+        yield found
+    finally:
+        torch.distributed.all_reduce = reduce
+
+
+def refused_without_exclusion():
+    torch.manual_seed(0)
+    model = Half()
+    optimizer = MaskedAdamW(
+        model.named_parameters(), policy=TopK(0.2, schedule=Schedule(observe=1)), release_gradients=True
+    )
+    parallel = nn.parallel.DistributedDataParallel(model)
+    texts = []
+    try:
+        optimizer.gradient_release.exclude_from_ddp(parallel)
+    except TypeError as error:
+        texts.append(str(error))
+    try:
+        for _ in range(2):
+            optimizer.zero_grad()
+            parallel(torch.ones(2, 24)).square().mean().backward()
+            optimizer.step()
+    except RuntimeError as error:
+        texts.append(str(error))
+    return texts
+
+
 def work(rank, folder):
     """What one process does."""
     warnings.simplefilter("error")
@@ -134,6 +256,11 @@ def work(rank, folder):
             for name in METHODS
         }
         seen["curvature"] = refused_curvature()
+        seen["released"] = {
+            name: [train_released(rank, release, **case) for release in (False, True)]
+            for name, case in RELEASED.items()
+        }
+        seen["refused"] = refused_without_exclusion()
         with open(f"{folder}/rank_{rank}.json", "w") as file:
             json.dump(seen, file)
     finally:
@@ -181,3 +308,38 @@ def test_curvature_is_refused_where_processes_would_estimate_different_ones(rank
         assert (
             "works in one process, got 2 ranks; use SecondOrderAdamW without curvature" in rank["curvature"]
         )
+
+
+@pytest.mark.parametrize("name", [name for name in RELEASED if name != "signed"])
+def test_released_gradients_train_as_whole_ones_do_under_ddp(ranks, name):
+    for rank in ranks:
+        whole, released = rank["released"][name]
+        for key in ("weights", "masks"):
+            assert [row[key] for row in released[:-1]] == [row[key] for row in whole[:-1]], key
+        assert released[-1] == whole[-1]
+        assert len({row["weights"] for row in released[:-1]}) > 5
+
+
+def test_signed_sums_are_shared_once_and_select_the_same_entries_on_every_rank(ranks):
+    first, second = (rank["released"]["signed"][1] for rank in ranks)
+    assert [row["masks"] for row in first[:-1]] == [row["masks"] for row in second[:-1]]
+    assert [row["weights"] for row in first[:-1]] == [row["weights"] for row in second[:-1]]
+    # flags while observing; the statistics in the step that selects
+    assert [row["bytes"] < 1 << 10 for row in first[:3]] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_ranks_exchange_four_bytes_an_entry(ranks, name):
+    for rank in ranks:
+        rows = [row for row in rank["released"][name][1][:-1] if row["kept"]]
+        assert rows
+        for row in rows:
+            assert 4 * row["kept"] <= row["bytes"] <= 4 * row["kept"] + (64 << 10)
+            # far less than the gradients
+            assert row["bytes"] < 4 * (24 * 30 + 30 * 31) / 2
+
+
+def test_gradients_that_ddp_would_reduce_are_not_released(ranks):
+    for wrapped, reduced in (rank["refused"] for rank in ranks):
+        assert "got a DistributedDataParallel; call exclude_from_ddp(model) and then" in wrapped
+        assert "optimizer.gradient_release.exclude_from_ddp(model) before the model is wrapped" in reduced

@@ -1,0 +1,624 @@
+"""Hooks that keep the selected entries of each gradient and drop the rest, so that dense gradients live one
+at a time.
+
+When the backward pass has made a gradient, a hook takes from it what `step()` will need. What then stands in
+`p.grad` is a `ReleasedGradient`: further micro-batches add to it, and `zero_grad()`, `GradScaler` and torch's
+clipping find in it what they look for. It has the shape of the parameter, and the memory of its selected
+entries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+# what ranks exchange at once, in entries: 16 MiB of float32
+_CHUNK = 1 << 22
+
+
+class _Optimizer(Protocol):
+    """What hooks ask the optimizer."""
+
+    release_gradients: bool
+    gradient_release: GradientRelease | None
+
+    def _name(self, param: Tensor) -> str: ...
+
+    def _number(self, name: str) -> int: ...
+
+    def _backend(self, device: torch.device) -> ModuleType: ...
+
+    def _listed(self, param: Tensor) -> Tensor | None:
+        """The entries that the coming step trains, where it trains a list."""
+
+    def _fold(self, param: Tensor, grad: Tensor) -> bool:
+        """Adds a gradient to the parameter's statistic, where that may be done before `step()`."""
+
+
+@dataclass
+class _Kept:
+    """What is left of a gradient: entries of a list, or nothing, since all of it went into the statistic."""
+
+    release: GradientRelease
+    param: weakref.ref[Tensor]
+    name: str
+    clock: int  # of the step that it is for
+    indices: Tensor | None = None  # [nnz]
+    values: Tensor | None = None  # [nnz] float32, float64 for float64 parameters
+    found_inf: Tensor | None = None  # 0-dim float32: 1 where an entry, selected or not, was not finite
+    is_zero: bool = False  # zeroed since: nothing has arrived yet, and nothing is stored
+    whole: Tensor | None = None  # what arrived since, where it is not released; the hook puts it into p.grad
+
+
+class ReleasedGradient(Tensor):
+    """What stands in `p.grad` for a gradient of which only selected entries were kept.
+
+    Shape, dtype and device are those of the gradient. It can be added to (which autograd does), zeroed,
+    scaled, clamped, and asked for its norm, which is that of the kept entries; what would need the others
+    raises.
+    """
+
+    kept: _Kept
+
+    @staticmethod
+    def __new__(cls, like: Tensor, kept: _Kept) -> ReleasedGradient:
+        made: ReleasedGradient = Tensor._make_wrapper_subclass(
+            cls, like.shape, dtype=like.dtype, device=like.device
+        )
+        made.kept = kept
+        return made
+
+    # every operation arrives in __torch_dispatch__
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """What was kept, not what is gone."""
+        values = self.kept.values
+        what = "added to the statistic" if values is None else f"{values.numel()} entries kept"
+        return f"ReleasedGradient({what} of {tuple(self.shape)})"
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refused: the entries are gone."""
+        raise _gone(self, "it cannot be copied or saved")
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Does what can be done with the kept entries."""
+        kwargs = kwargs or {}
+        action = _ACTIONS.get(func)
+        if action is not None:
+            return action(func, *args, **kwargs)
+        found = next(
+            (a for a in _flattened([*args, *kwargs.values()]) if isinstance(a, ReleasedGradient)), None
+        )
+        assert found is not None
+        remedy = f"{func} cannot be computed"
+        if func in (aten.mul.out, aten.copy_.default):
+            remedy += (
+                "; under DistributedDataParallel call optimizer.gradient_release.exclude_from_ddp(model) "
+                "before the model is wrapped"
+            )
+        raise _gone(found, remedy)
+
+
+def _flattened(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value
+
+
+def _gone(grad: ReleasedGradient, what: str) -> RuntimeError:
+    values = grad.kept.values
+    left = (
+        "it was added to the statistic"
+        if values is None
+        else f"{values.numel()} of its {grad.numel()} entries were kept"
+    )
+    return RuntimeError(
+        f"the gradient of {grad.kept.name!r} was released ({left}), so {what}; set release_gradients=False "
+        "to keep whole gradients, or call zero_grad() first."
+    )
+
+
+def _needed_values(grad: ReleasedGradient, what: str) -> Tensor:
+    if grad.kept.values is None:
+        raise _gone(grad, what)
+    return grad.kept.values
+
+
+# what can be done with a released gradient
+
+aten = torch.ops.aten
+
+
+def _add(func: Any, left: Any, right: Any, alpha: float = 1) -> Tensor:
+    """Autograd's accumulation of one more gradient."""
+    grad, other = (left, right) if isinstance(left, ReleasedGradient) else (right, left)
+    whole = isinstance(other, Tensor) and not isinstance(other, ReleasedGradient)
+    if not whole or other.shape != grad.shape or alpha != 1:
+        raise _gone(grad, f"{func} cannot be computed")
+    grad.kept.release._add(grad, other)
+    return grad
+
+
+def _itself(func: Any, grad: ReleasedGradient) -> Tensor:
+    return ReleasedGradient(grad, grad.kept)
+
+
+def _zero(func: Any, grad: ReleasedGradient) -> Tensor:
+    kept = grad.kept
+    kept.indices = kept.values = kept.found_inf = kept.whole = None
+    kept.is_zero = True
+    return grad
+
+
+def _scale(func: Any, grad: ReleasedGradient, *args: Any, **kwargs: Any) -> Tensor:
+    """An operation in place on each entry."""
+    if any(isinstance(other, Tensor) and other.dim() for other in (*args, *kwargs.values())):
+        raise _gone(grad, f"{func} cannot be computed with a tensor")
+    if not grad.kept.is_zero:
+        func(_needed_values(grad, f"{func} comes too late"), *args, **kwargs)
+    return grad
+
+
+def _norm(func: Any, grad: ReleasedGradient, *args: Any, **kwargs: Any) -> Tensor:
+    if grad.kept.release.is_shared:
+        raise _gone(
+            grad, "ranks average it in step(), which clips with max_grad_norm=, and it has no norm before"
+        )
+    values = grad.new_zeros(0) if grad.kept.is_zero else _needed_values(grad, "it has no norm")
+    warnings.warn(
+        "the norm of a released gradient is that of its selected entries; to clip by what is applied, give "
+        "the optimizer max_grad_norm= and clip nothing yourself.",
+        stacklevel=2,
+    )
+    norm: Tensor = func(values, *args, **kwargs)
+    return norm
+
+
+def _each(func: Any, grads: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+    """An operation on a list of tensors, of which some are released."""
+    single = _SINGLE[func]
+    results = [
+        _ACTIONS[single](single, grad, *args, **kwargs)
+        if isinstance(grad, ReleasedGradient)
+        else single(grad, *args, **kwargs)
+        for grad in grads
+    ]
+    return results if func is aten._foreach_norm.Scalar else None
+
+
+def _unscale(func: Any, grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """What GradScaler does with gradients before a step."""
+    for grad in grads:
+        if not isinstance(grad, ReleasedGradient):
+            func([grad], found_inf, inv_scale)
+            continue
+        kept = grad.kept
+        if kept.is_zero:
+            continue
+        if kept.found_inf is None:
+            raise RuntimeError(
+                f"GradScaler must be known before gradients are released, got that of {kept.name!r}, of "
+                f"which "
+                "only selected entries were checked; call optimizer.attach_scaler(scaler) before training, "
+                "or use bfloat16 without a scaler."
+            )
+        func([_needed_values(grad, "it cannot be unscaled")], found_inf, inv_scale)
+        found_inf.copy_(torch.maximum(found_inf, kept.found_inf.to(found_inf.device)))
+
+
+_SINGLE = {
+    aten._foreach_norm.Scalar: aten.linalg_vector_norm.default,
+    aten._foreach_mul_.Tensor: aten.mul_.Tensor,
+    aten._foreach_mul_.Scalar: aten.mul_.Scalar,
+    aten._foreach_zero_.default: aten.zero_.default,
+}
+_ACTIONS: dict[Any, Callable[..., Any]] = {
+    aten.add_.Tensor: _add,
+    aten.add.Tensor: _add,
+    aten.detach.default: _itself,
+    aten.alias.default: _itself,
+    aten.zero_.default: _zero,
+    aten.mul_.Tensor: _scale,
+    aten.mul_.Scalar: _scale,
+    aten.div_.Tensor: _scale,
+    aten.div_.Scalar: _scale,
+    aten.clamp_.default: _scale,
+    aten.linalg_vector_norm.default: _norm,
+    aten.norm.Scalar: _norm,
+    aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
+    **dict.fromkeys(_SINGLE, _each),
+}
+
+
+class Waiting:
+    """Gradients on their way to the host, where their statistics are: while one is added up, the next is
+    copied.
+
+    Args:
+        add: adds one parameter's gradient, then on the host, to its statistic.
+    """
+
+    def __init__(self, add: Callable[[Tensor, Tensor], None]) -> None:
+        self._add = add
+        self._queue: list[tuple[Tensor, Tensor, Any]] = []
+
+    def put(self, p: Tensor, grad: Tensor) -> None:
+        """Begin to copy a gradient, and add up the one before."""
+        event = None
+        if grad.device.type == "cuda":
+            copied = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=True)
+            copied.copy_(grad, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(grad.device))
+        else:
+            copied = grad.to("cpu")
+        self._queue.append((p, copied, event))
+        self.finish(leave=1)
+
+    def finish(self, leave: int = 0) -> None:
+        """Add up all but so many of those that wait."""
+        while len(self._queue) > leave:
+            p, copied, event = self._queue.pop(0)
+            if event is not None:
+                event.synchronize()
+            self._add(p, copied)
+
+
+class GradientRelease:
+    """The hooks of `MaskedAdamW(..., release_gradients=True)`, as `optimizer.gradient_release`.
+
+    Args:
+        optimizer: whose masked parameters are watched. It is not kept alive; without it hooks do nothing.
+    """
+
+    def __init__(self, optimizer: _Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        # by parameters, which hold their hooks and so this object
+        self._hooks: Any = WeakIdKeyDictionary()
+        self._paused = False
+        self._scaler: Any = None
+        # parameters whose gradients other ranks have not seen
+        self._arrived: set[Tensor] = set()
+        self._group: dist.ProcessGroup | None = None
+        self._excluded: list[Tensor] = []
+
+    @property
+    def clock(self) -> int:
+        """The steps that the optimizer has taken."""
+        optimizer = self._optimizer()
+        return -1 if optimizer is None else optimizer._number("clock")
+
+    @property
+    def has_scaler(self) -> bool:
+        """Whether a GradScaler may skip steps after gradients were seen."""
+        return self._scaler is not None
+
+    def watch(self, params: Iterable[Tensor]) -> None:
+        """Put hooks on these parameters, where they train, and take them off all others."""
+        wanted = dict.fromkeys(params)
+        for p in [p for p in self._hooks if p not in wanted]:
+            self._hooks.pop(p).remove()
+        for p in wanted:
+            # one that is frozen gets its hook at the first step after it was unfrozen
+            if p not in self._hooks and p.requires_grad:
+                hook = p.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+                self._hooks[p] = hook
+
+    def remove(self) -> None:
+        """Take all hooks off: gradients stay whole from now on, and those that were released are dropped.
+
+        The optimizer goes on without release; `observe_unit="microbatch"` then means "step".
+
+        Raises:
+            RuntimeError: after `exclude_from_ddp`, since a wrapper that exists would leave the gradients
+                alone.
+        """
+        if self._excluded:
+            raise RuntimeError(
+                "remove() must come before exclude_from_ddp(), got parameters that DistributedDataParallel "
+                "leaves alone; wrap a new model and make a new optimizer."
+            )
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            optimizer.release_gradients, optimizer.gradient_release = False, None
+        for p in self._hooks:
+            if type(p.grad) is ReleasedGradient:
+                p.grad = None
+        self.watch(())
+        self._scaler = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Gradients of backward passes in this block stay whole, for `optimizer.observe()`."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @torch.no_grad()
+    def _take(self, p: Tensor) -> None:
+        """What happens to a gradient once autograd has added it to `p.grad`."""
+        optimizer, grad = self._optimizer(), p.grad
+        if optimizer is None or grad is None:
+            return
+        if self._excluded:
+            self._arrived.add(p)
+        if type(grad) is ReleasedGradient:
+            if grad.kept.whole is not None:
+                p.grad = grad.kept.whole
+            return
+        if self._paused or grad.layout is not torch.strided:
+            return
+        if grad.requires_grad:
+            raise RuntimeError(
+                "release_gradients=True must not meet a graph of gradients, got one for "
+                f"{optimizer._name(p)!r}; call backward() without create_graph=True."
+            )
+        kept = self._kept(p)
+        if self._release(p, kept, grad):
+            p.grad = ReleasedGradient(p, kept)
+
+    def _kept(self, p: Tensor, indices: Tensor | None = None, values: Tensor | None = None) -> _Kept:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return _Kept(self, weakref.ref(p), optimizer._name(p), self.clock, indices, values)
+
+    def _release(self, p: Tensor, kept: _Kept, grad: Tensor) -> bool:
+        """Take from the first gradient what will be needed; False where that is the whole of it."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        indices = None if self._paused else optimizer._listed(p)
+        if indices is not None:
+            values = _empty_values(p, indices)
+            self._add_listed(kept, values, indices, grad)
+            kept.indices, kept.values = indices, values
+            return True
+        return not self._paused and optimizer._fold(p, grad)
+
+    def _add(self, grad: ReleasedGradient, other: Tensor) -> None:
+        """Add a further gradient to one that was released."""
+        kept, optimizer = grad.kept, self._optimizer()
+        if optimizer is None:
+            raise _gone(grad, "nothing can be added to it without its optimizer")
+        if kept.values is not None and kept.indices is not None:
+            self._add_listed(kept, kept.values, kept.indices, other)
+            return
+        p = kept.param()
+        if p is None or not (kept.is_zero or kept.clock == self.clock):
+            raise _gone(grad, "nothing can be added to it after that step")
+        if self._release(p, kept, other):
+            kept.is_zero, kept.clock = False, self.clock
+        elif kept.is_zero:
+            kept.whole = other.clone()
+        else:
+            raise _gone(grad, "nothing can be added to it any more")
+
+    def _add_listed(self, kept: _Kept, values: Tensor, indices: Tensor, grad: Tensor) -> None:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        backend = optimizer._backend(grad.device)
+        if self._scaler is not None:
+            # a sum of squares in float64 is finite if all entries are, and needs no copy of them
+            spoiled = backend.norm([grad]).isfinite().logical_not().to(torch.float32)
+            kept.found_inf = spoiled if kept.found_inf is None else torch.maximum(kept.found_inf, spoiled)
+        backend.gather_([values], [grad], [indices])
+
+    def check(self) -> None:
+        """Refuse gradients that were released for another step than the coming one, before anything is
+        changed.
+        """
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        for p in self._hooks:
+            if type(p.grad) is not ReleasedGradient:
+                continue
+            kept, indices = p.grad.kept, optimizer._listed(p)
+            if kept.is_zero and indices is not None:
+                kept.indices, kept.values = indices, torch.zeros_like(_empty_values(p, indices))
+                kept.is_zero = False
+            elif not kept.is_zero and (
+                kept.indices is not indices or (indices is None and kept.clock != self.clock)
+            ):
+                raise RuntimeError(
+                    f"a gradient must be released for the step that uses it, got that of {kept.name!r}, "
+                    "released before entries were selected or loaded anew; call zero_grad() after every "
+                    "step() "
+                    "and select()."
+                )
+
+    def dropped(self, p: Tensor) -> None:
+        """Drop a whole gradient that has been observed."""
+        p.grad = ReleasedGradient(p, self._kept(p))
+
+    def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
+        """Check every entry of a gradient before it is released, as this scaler would.
+
+        While observing, gradients then stay whole until `step()`, since a step that is skipped must not
+        count.
+        """
+        if self._scaler is scaler:
+            return
+        unscale = scaler._unscale_grads_
+
+        def settled(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            # ranks have to agree on whether a step is skipped
+            if optimizer is self._optimizer():
+                self.settle()
+            return unscale(optimizer, *args, **kwargs)
+
+        scaler._unscale_grads_ = settled  # type: ignore[method-assign]
+        self._scaler = scaler
+
+    # several processes
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the optimizer, not DistributedDataParallel, averages the gradients over ranks."""
+        return bool(self._excluded)
+
+    def exclude_from_ddp(self, model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
+        """Let `DistributedDataParallel` leave the watched parameters alone; call it before wrapping the
+        model.
+
+        Their gradients are averaged in `step()`: 4 bytes per selected entry cross the network, once a step,
+        however many micro-batches there are. While observing, whole gradients are averaged, or statistics
+        once, before entries are selected: until then statistics differ from rank to rank, and a checkpoint of
+        one rank is not that of all. Rank 0's weights are sent to all, as DDP does.
+
+        Args:
+            model: not yet wrapped. process_group: None for all ranks.
+
+        Raises:
+            RuntimeError: without a process group. TypeError: for a model that is wrapped already.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "exclude_from_ddp() needs a process group, got none; call "
+                "torch.distributed.init_process_group() first."
+            )
+        wrapper = nn.parallel.DistributedDataParallel
+        if isinstance(model, wrapper):
+            raise TypeError(
+                "model must not be wrapped yet, got a DistributedDataParallel; call exclude_from_ddp(model) "
+                "and then DistributedDataParallel(model)."
+            )
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        pairs = list(model.named_parameters(remove_duplicate=False))
+        names = [name for name, p in pairs if p in self._hooks]
+        excluded: list[Tensor] = list(dict.fromkeys(p for _, p in pairs if p in self._hooks))
+        if not excluded:
+            raise ValueError(
+                "model must have parameters of this optimizer, got none; pass the model whose parameters it "
+                "trains."
+            )
+        already = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+        ignored = [*already, *names]
+        wrapper._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
+        self._excluded = excluded
+        self._group = process_group
+        first = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+        for p in self._excluded:
+            dist.broadcast(p.detach(), first, group=process_group)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Average over ranks what arrived since the last time. Every rank has to call it."""
+        if not self._excluded:
+            return
+        listed = self._present(lambda p: p in self._arrived and _is_listed(p.grad))
+        whole = self._present(
+            lambda p: p in self._arrived and not isinstance(p.grad, ReleasedGradient | None)
+        )
+        self._arrived.clear()
+        both = [p for p in listed if p in set(whole)]
+        if both:
+            raise RuntimeError(
+                f"ranks must release the same gradients, got a whole one of {self._label(both[0])} on some; "
+                "do the same on every rank."
+            )
+        for p in [p for p in listed if not _is_listed(p.grad)]:
+            # it has no gradient here, but elsewhere
+            optimizer = self._optimizer()
+            assert optimizer is not None
+            indices = optimizer._listed(p)
+            assert indices is not None
+            values = torch.zeros_like(_empty_values(p, indices))
+            p.grad = ReleasedGradient(p, self._kept(p, indices, values))
+        for p in [p for p in whole if p.grad is None or type(p.grad) is ReleasedGradient]:
+            p.grad = torch.zeros_like(p)
+        released = [p.grad.kept for p in listed if isinstance(p.grad, ReleasedGradient)]
+        self._average([kept.values for kept in released if kept.values is not None])
+        self._average([p.grad for p in whole if p.grad is not None])
+        if self._scaler is not None and released:
+            device = self._excluded[0].device
+            zero = torch.zeros((), device=device)
+            flags = torch.stack([zero if k.found_inf is None else k.found_inf.to(device) for k in released])
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+            for kept, flag in zip(released, flags, strict=True):
+                kept.found_inf = flag.clone()
+
+    def share_statistics(
+        self, states: Mapping[Tensor, Mapping[str, Any]], begin: Callable[[list[Tensor]], object]
+    ) -> None:
+        """Average over ranks the statistics into which each rank has folded its own gradients.
+
+        Args:
+            states: of the parameters. begin: makes a statistic of parameters that have none on this rank.
+        """
+        begun = self._present(lambda p: "statistic" in states.get(p, {}))
+        if not begun:
+            return
+        begin(begun)
+        self._average([states[p]["statistic"] for p in begun])
+        device = self._excluded[0].device
+        flags = torch.stack([states[p]["nonfinite"].to(device, torch.int32) for p in begun])
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+        for p, flag in zip(begun, flags.bool(), strict=True):
+            states[p]["nonfinite"].copy_(flag)
+
+    def _present(self, holds: Callable[[Tensor], bool]) -> list[Tensor]:
+        """The parameters for which something holds on any rank."""
+        device = self._excluded[0].device
+        flags = torch.tensor([holds(p) for p in self._excluded], dtype=torch.int32, device=device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+        return [p for p, flag in zip(self._excluded, flags.tolist(), strict=True) if flag]
+
+    def _average(self, tensors: Sequence[Tensor]) -> None:
+        """As DistributedDataParallel does it: each rank's share first, then the sum."""
+        share = 1 / dist.get_world_size(self._group)
+        device = self._excluded[0].device
+        for pieces in _chunks([t.view(-1) if t.is_contiguous() else t for t in tensors]):
+            dtype = torch.promote_types(pieces[0].dtype, torch.float32)
+            flat = torch.cat([piece.reshape(-1).to(device, dtype) for piece in pieces]).mul_(share)
+            dist.all_reduce(flat, group=self._group)
+            means = torch.split(flat, [piece.numel() for piece in pieces])
+            for piece, mean in zip(pieces, means, strict=True):
+                piece.copy_(mean.view(piece.shape))
+
+    def _label(self, p: Tensor) -> str:
+        optimizer = self._optimizer()
+        return repr(optimizer._name(p)) if optimizer is not None else "a parameter"
+
+
+def _is_listed(grad: Tensor | None) -> bool:
+    return isinstance(grad, ReleasedGradient) and grad.kept.values is not None
+
+
+def _empty_values(p: Tensor, indices: Tensor) -> Tensor:
+    """[nnz] float32, or float64, of negative zeros: adding to them changes no bit, and no sign."""
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    return torch.full(indices.shape, -0.0, dtype=dtype, device=p.device)
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Pieces of tensors of one dtype, together at most `_CHUNK` entries; what is not flat stays whole."""
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        gathered: list[Tensor] = []
+        size = 0
+        for tensor in (t for t in tensors if t.dtype == dtype and t.numel()):
+            for piece in torch.split(tensor, _CHUNK) if tensor.dim() == 1 else [tensor]:
+                if gathered and size + piece.numel() > _CHUNK:
+                    yield gathered
+                    gathered, size = [], 0
+                gathered.append(piece)
+                size += piece.numel()
+        if gathered:
+            yield gathered
