@@ -108,7 +108,8 @@ class MaskedAdamW(SurvivingOptimizer):
         unselected: "frozen", "zero_grad" or "track".
         seed: of every random mask, in [0, 2**63).
         backend: "auto", "reference", "native" or "triton".
-        state_dtype: dtype of parameter-shaped moments; None follows the parameter, as torch does.
+        state_dtype: torch.float64, float32 or bfloat16 for parameter-shaped moments; None follows the
+            parameter, as torch does.
         stochastic_rounding: round bfloat16 parameters with parameter-shaped moments stochastically.
         release_gradients: keep of each gradient the selected entries only, as soon as the backward pass has
             made
@@ -215,11 +216,11 @@ class MaskedAdamW(SurvivingOptimizer):
             raise ValueError(
                 f"seed must be an integer in [0, 2**63), got {seed!r}; use any number in that range."
             )
-        if state_dtype is not None and not (
-            isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point
-        ):
+        if state_dtype not in (None, torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(
-                f"state_dtype must be a floating dtype or None, got {state_dtype!r}; use torch.float32."
+                f"state_dtype must be torch.float64, float32, bfloat16 or None, got {state_dtype!r}; "
+                f"squares of "
+                "gradients vanish in dtypes with fewer exponents."
             )
         if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
             raise ValueError(

@@ -24,6 +24,7 @@ CLOCK = ("seed", "clock", "phase", "draw", "epoch")
 # words of a constructor that a group cannot override
 _CONSTRUCTOR_ONLY = {
     *("policy", "unselected", "backend", "state_dtype", "stochastic_rounding", "release_gradients"),
+    *("observe_unit", "statistic_dtype", "statistic_device"),
     *("max_grad_norm", "variant", "fidelity", "keep", "density", "observe_steps", "statistic", "schedule"),
 }
 # how the arithmetic runs is the running program's choice, not the checkpoint's

@@ -406,6 +406,18 @@ WE_REFUSE = table(
             r"state_dtype must be .*, got torch\.int8; ",
         ),
         (
+            "state_dtype=float8",
+            lambda: MaskedAdamW([weight()], state_dtype=torch.float8_e5m2),
+            ValueError,
+            r"state_dtype must be .*, got torch\.float8_e5m2; ",
+        ),
+        (
+            "state_dtype=float16",
+            lambda: MaskedAdamW([weight()], state_dtype=torch.float16),
+            ValueError,
+            r"state_dtype must be .*, got torch\.float16; ",
+        ),
+        (
             "state_dtype='bf16'",
             lambda: MaskedAdamW([weight()], state_dtype="bf16"),
             (TypeError, ValueError),
@@ -432,8 +444,8 @@ WE_REFUSE = table(
         (
             "release_gradients=True",
             lambda: MaskedAdamW([weight()], release_gradients=True),
-            NotImplementedError,
-            r"release_gradients=True is not .*; ",
+            ValueError,
+            r"release_gradients=True needs .*, got policy=None; ",
         ),
         (
             "capturable=True",
@@ -525,6 +537,9 @@ def test_bad_arguments_are_refused_with_value_need_and_remedy(call, error, messa
         ("stochastic_rounding", True),
         ("max_grad_norm", 1.0),
         ("release_gradients", True),
+        ("observe_unit", "microbatch"),
+        ("statistic_dtype", torch.bfloat16),
+        ("statistic_device", "cpu"),
         ("keep", 0.5),
         ("density", 0.5),
         ("differentiable", True),
