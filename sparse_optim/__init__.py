@@ -14,6 +14,9 @@ from .scores import (
     Statistic,
 )
 
+# it uses the names above
+from .planning import estimate_memory  # isort: skip
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -34,5 +37,6 @@ __all__ = [
     "SquaredGradient",
     "Statistic",
     "TopK",
+    "estimate_memory",
     "param_groups",
 ]

@@ -1,9 +1,10 @@
-"""`python -m sparse_optim` says what is installed: versions, GPUs, and what each backend works on."""
+"""`python -m sparse_optim`, or `sparse-optim`: says what is installed, and runs the commands of cli.py."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
 
 import torch
 
@@ -49,5 +50,25 @@ def report() -> str:
     return "\n".join(f"{name:<19}{value}" for name, value in rows)
 
 
+def main() -> None:
+    """Runs a command; without typer and rich there is only the report."""
+    try:
+        from .cli import app
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
+            raise
+        if sys.argv[1:] not in ([], ["info"]):
+            print(
+                f"{sys.argv[1]} needs typer and rich, got no {missing}; pip install 'sparse_optim[cli]'.",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        print(report())
+        print(f"{'plan':<19}missing: pip install 'sparse_optim[cli]'")
+        return
+    app(prog_name="sparse-optim")
+
+
 if __name__ == "__main__":
-    print(report())
+    main()
