@@ -528,17 +528,21 @@ class MaskedAdamW(SurvivingOptimizer):
         statistic, states = self.policy.statistic, [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             if "statistic" not in state:
-                fresh = statistic.init(p, seed=self._number("seed"), key=self._tensor_key(p))
-                if fresh.device != p.device and self.statistic_device is None:
-                    raise ValueError(
-                        f"init of {type(statistic).__name__} must make a tensor on {p.device}, where "
-                        f"{self._name(p)!r} is, got one on {fresh.device}; make it with device=param.device."
-                    )
-                self._start(p)
                 home = p.device if self.statistic_device is None else self.statistic_device
-                state["statistic"] = fresh.to(
-                    home, fresh.dtype if self.statistic_dtype is None else self.statistic_dtype
-                )
+                dtype = self.statistic_dtype
+                if statistic.begins_at_zero:
+                    fresh = torch.zeros(p.shape, dtype=dtype or torch.float32, device=home)
+                else:
+                    fresh = statistic.init(p, seed=self._number("seed"), key=self._tensor_key(p))
+                    if fresh.device != p.device:
+                        raise ValueError(
+                            f"init of {type(statistic).__name__} must make a tensor on {p.device}, where "
+                            f"{self._name(p)!r} is, got one on {fresh.device}; make it with "
+                            "device=param.device."
+                        )
+                    fresh = fresh.to(home, dtype or fresh.dtype)
+                self._start(p)
+                state["statistic"] = fresh
                 state["nonfinite"] = torch.zeros((), dtype=torch.bool, device=home)
         return [state["statistic"] for state in states], [state["nonfinite"] for state in states]
 

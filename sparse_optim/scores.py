@@ -47,6 +47,11 @@ class Statistic:
         del seed, key
         return torch.zeros(param.shape, dtype=torch.float32, device=param.device)
 
+    @property
+    def begins_at_zero(self) -> bool:
+        """Whether `init` makes zeros, which can then be made in any dtype and on any device."""
+        return type(self).init is Statistic.init
+
     def grad_scales(self, grads: Sequence[Tensor]) -> list[Tensor] | None:
         """0-dim factors on the gradients before they are added, or None for 1."""
         del grads
@@ -269,6 +274,11 @@ class Lowest(Statistic):
     def init(self, param: Tensor, *, seed: int, key: int) -> Tensor:
         """That of the other statistic."""
         return self.statistic.init(param, seed=seed, key=key)
+
+    @property
+    def begins_at_zero(self) -> bool:
+        """As the other statistic does."""
+        return self.statistic.begins_at_zero
 
     def grad_scales(self, grads: Sequence[Tensor]) -> list[Tensor] | None:
         """Those of the other statistic."""
