@@ -331,15 +331,18 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def extra_bytes(step: Step, device: torch.device) -> tuple[int, object]:
-    """The most memory that a step holds beyond what was held before it, and what the step returns."""
+def balance(step: Callable[[], object], device: torch.device) -> tuple[int, int, object]:
+    """The bytes that are held after a call and were not before, the most that were held meanwhile, and what
+    the call returns.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         result = step()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before, result
+        most = torch.cuda.max_memory_allocated(device)
+        return torch.cuda.memory_allocated(device) - before, most - before, result
     # every allocation and release of torch's allocator, in order
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -347,10 +350,16 @@ def extra_bytes(step: Step, device: torch.device) -> tuple[int, object]:
         result = step()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
+    kept = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
+        kept += event.nbytes()
+        most = max(most, kept)
+    return kept, most, result
+
+
+def extra_bytes(step: Step, device: torch.device) -> tuple[int, object]:
+    """The most memory that a step holds beyond what was held before it, and what the step returns."""
+    _, most, result = balance(step, device)
     return most, result
 
 

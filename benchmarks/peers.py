@@ -2,12 +2,17 @@
 
 Packages are measured where they import; a missing one is a row that says so. Those that do not quantise the
 moments pass a gate, as do the formulations written here; the others are trusted to compute what they say.
+Those that need to know a model, its layers or their names, are measured by what they hold for a small one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Sequence
+import io
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -246,6 +251,133 @@ def gate(name: str, build: Build, device: torch.device, dtype: torch.dtype) -> C
     if name not in WHOLE:
         return lambda: None
     return lambda: wrong_adamw(build, device, dtype)
+
+
+def release_flashoptim(params: Sequence[nn.Parameter], dtype: torch.dtype) -> torch.optim.Optimizer:
+    """FlashAdamW that updates a weight as soon as its gradient has arrived, and drops that."""
+    flashoptim = importlib.import_module("flashoptim")
+    low = dtype != torch.float32
+    optimizer = flashoptim.FlashAdamW(params, lr=LR, master_weight_bits=24 if low else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # it asks for a model; a list of parameters is one
+        flashoptim.enable_gradient_release(nn.ParameterList(params), optimizer)
+    return optimizer
+
+
+# methods that need a model
+
+LORA_RANK, GALORE_RANK = 8, 64
+
+
+@dataclass(frozen=True)
+class ModelPeer:
+    """A method that is given a model, which it may change.
+
+    Args:
+        package, module: what it needs; empty for torch's own.
+        ideal: the bytes that it holds between steps, for a model that it has not been given yet.
+    """
+
+    package: str
+    module: str
+    build: Callable[[nn.Module], torch.optim.Optimizer]
+    ideal: Callable[[nn.Module], float]
+
+
+def model_peers(dtype: torch.dtype) -> dict[str, ModelPeer]:
+    """What others offer for fine-tuning a model in little memory, by row."""
+    size = dtype.itemsize
+
+    def dense(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+
+    def lora(model: nn.Module) -> torch.optim.Optimizer:
+        peft = importlib.import_module("peft")
+        config = peft.LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        # layers are replaced inside the model; adapters are float32, the rest is frozen. It may use names of
+        # transformers that are on their way out
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft.get_peft_model(model, config)
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
+
+    def badam(model: nn.Module) -> torch.optim.Optimizer:
+        base = torch.optim.AdamW(model.parameters(), lr=LR)
+        named = list(model.named_parameters())
+        block = importlib.import_module("badam").BlockOptimizer
+        # it prints the names of a block, and warns of float32 weights
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return block(base, named, switch_block_every=50, switch_mode="descending")
+
+    def galore(model: nn.Module) -> torch.optim.Optimizer:
+        matrices = [m.weight for m in _linears(model)]
+        known = set(matrices)
+        groups = [
+            {"params": [p for p in model.parameters() if p not in known]},
+            {
+                "params": matrices,
+                "rank": GALORE_RANK,
+                "update_proj_gap": 200,
+                "scale": 0.25,
+                "proj_type": "std",
+            },
+        ]
+        made = importlib.import_module("galore_torch").GaLoreAdamW
+        return made(groups, lr=LR, weight_decay=0.01, no_deprecation_warning=True)
+
+    def lora_ideal(model: nn.Module) -> float:
+        # weight, gradient and two moments of every adapter, in float32
+        adapters = sum(LORA_RANK * sum(m.weight.shape) for m in _linears(model))
+        return size * _numel(model.parameters()) + 16 * adapters
+
+    def badam_ideal(model: nn.Module) -> float:
+        # master and two moments of one layer, in float32; gradients go before the step ends
+        last = list(model.model.layers)[-1]
+        return size * _numel(model.parameters()) + 12 * _numel(last.parameters())
+
+    def galore_ideal(model: nn.Module) -> float:
+        # each matrix keeps two moments of its longer side and a projector of its shorter, of `rank` columns
+        total, low = _numel(model.parameters()), 0
+        for matrix in (m.weight for m in _linears(model)):
+            rank = min(GALORE_RANK, *matrix.shape)
+            low += rank * (2 * max(matrix.shape) + min(matrix.shape)) - 2 * matrix.numel()
+        return size * (4 * total + low)
+
+    return {
+        "torch.optim.AdamW fused": ModelPeer("", "", dense, lambda m: 4 * size * _numel(m.parameters())),
+        f"LoRA, rank {LORA_RANK}, AdamW": ModelPeer("peft", "peft", lora, lora_ideal),
+        "BAdam, one layer at a time": ModelPeer("badam", "badam", badam, badam_ideal),
+        f"GaLore, rank {GALORE_RANK}": ModelPeer("galore-torch", "galore_torch", galore, galore_ideal),
+    }
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    """The matrices between embedding and head."""
+    named = model.named_modules()
+    return [m for name, m in named if isinstance(m, nn.Linear) and "head" not in name]
+
+
+def _numel(params: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in params)
+
+
+def small_llama(dtype: torch.dtype, device: torch.device, *, tiny: bool = False) -> nn.Module:
+    """A Llama of 10 million weights with random values, or one of a few thousand."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = (
+        {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 64}
+        if tiny
+        else {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 10, "vocab_size": 4096}
+    )
+    config = LlamaConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False, use_cache=False
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(device, dtype)
 
 
 def why_missing(module: str) -> str:

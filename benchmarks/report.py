@@ -51,7 +51,7 @@ EXPECTED = {
     ),
 }
 PLACES = {"cuda": "on a GPU", "cpu": "on a CPU"}
-NOT_BUILT = "gradients released during the backward pass (bar: at most 2.22 bytes per bfloat16 weight at 1 %)"
+RELEASED = "gradients released during the backward pass (bar: at most 2.22 bytes per bfloat16 weight at 1 %)"
 
 CsvRow = dict[str, str]
 
@@ -121,18 +121,30 @@ def timing_table(rows: Sequence[CsvRow]) -> str:
 
 
 def memory_table(rows: Sequence[CsvRow]) -> str:
-    """Bytes per weight by kind."""
+    """Bytes per weight by kind: one dtype after the other, and bars where rows have any."""
     head = ["bytes per weight", *KINDS, "total", "ideal", "peak of a step", "peak ever"]
+    numbers = range(1, len(head))
+    barred = any(map(verdicts, rows))
+    if barred:
+        head.append("bar: reached")
     lines = []
-    for row in rows:
+    for row in _by_dtype(rows):
+        bars = ["; ".join(f"{bar}: {reached}, **{word}**" for bar, reached, word in verdicts(row))]
         if not row["states"]:
-            lines.append([row["row"], *["-"] * 7, row["note"]])
+            lines.append([row["row"], *["-"] * (len(head) - 2), row["note"]])
             continue
         kinds = [float(row[kind]) for kind in KINDS]
         ideal = float(row["ideal_bytes"]) / int(row["parameters"])
         peaks = [float(row["step_peak"]), float(row["peak"])]
-        lines.append([row["row"], *(f"{value:.2f}" for value in (*kinds, sum(kinds), ideal, *peaks))])
-    return table(head, lines, numbers=range(1, len(head)))
+        values = [f"{value:.2f}" for value in (*kinds, sum(kinds), ideal, *peaks)]
+        lines.append([row["row"], *values, *bars * barred])
+    return table(head, lines, numbers=numbers)
+
+
+def _by_dtype(rows: Sequence[CsvRow]) -> list[CsvRow]:
+    """One dtype after the other, as they first appear; else in the order they have."""
+    order = list(dict.fromkeys(row["dtype"] for row in rows))
+    return sorted(rows, key=lambda row: order.index(row["dtype"]))
 
 
 def size_table(rows: Sequence[CsvRow]) -> str:
@@ -207,7 +219,7 @@ def render(rows: Sequence[CsvRow]) -> str:
 
 
 def missing(results: Sequence[Sequence[CsvRow]]) -> str:
-    """What was not measured yet, in plain words."""
+    """What was not measured yet, in plain words; nothing once all of it was."""
     gaps = []
     for device, expected in EXPECTED.items():
         rows = [row for rows in results for row in measured(rows) if row["device"] == device]
@@ -220,13 +232,16 @@ def missing(results: Sequence[Sequence[CsvRow]]) -> str:
             gaps.append(f"everything {PLACES[device]}")
         elif absent:
             gaps.append(f"{PLACES[device]}: {', '.join(absent)}")
-    return f"Not measured yet: {'; '.join([*gaps, NOT_BUILT])}."
+    rows = [row for rows in results for row in measured(rows) if row["script"] == "memory"]
+    if not any(", released" in row["row"] and row["backend"] for row in rows):
+        gaps.append(RELEASED)
+    return f"Not measured yet: {'; '.join(gaps)}." if gaps else ""
 
 
 def bar_table(rows: Sequence[CsvRow]) -> str:
     """What was promised, and what was reached."""
     lines = [
-        [row["row"], row["question"], _times(row), bar, reached, word]
+        [row["row"], row["question"], _times(row) if row["ms"] else "-", bar, reached, word]
         for row in rows
         for bar, reached, word in verdicts(row)
     ]
@@ -235,7 +250,7 @@ def bar_table(rows: Sequence[CsvRow]) -> str:
 
 def readme_text(results: Sequence[Sequence[CsvRow]]) -> str:
     """What stands between the markers."""
-    parts = ["## Measured", missing(results)]
+    parts = ["## Measured", *filter(None, [missing(results)])]
     if any(row["script"] == "step" for rows in results for row in measured(rows)):
         parts.append(f"![milliseconds of a step against density](benchmarks/results/{STEP_FIGURE})")
     if any(row["script"] == "memory" for rows in results for row in measured(rows)):
@@ -386,35 +401,50 @@ def draw_scaling(results: Sequence[Sequence[CsvRow]], path: Path) -> bool:
 
 
 def draw_memory(results: Sequence[Sequence[CsvRow]], path: Path) -> bool:
-    """Bytes per weight, stacked by kind: of the first machine, since they hardly depend on it."""
-    rows = next(
-        filter(
-            None, ([row for row in measured(rows) if row["script"] == "memory"] for rows in results)
-        ),
-        None,
-    )  # fmt: skip
+    """Bytes per weight, stacked by kind, a panel for each question and dtype: of the first machine, since
+    they hardly depend on it.
+    """
+    found = ([row for row in measured(rows) if row["script"] == "memory"] for rows in results)
+    rows = next(filter(None, found), None)
     if rows is None:
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 1.2 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    names = [row["row"] for row in rows]
+    panels: dict[tuple[str, str], list[CsvRow]] = {}
+    for row in rows:
+        panels.setdefault((row["question"], row["dtype"]), []).append(row)
+    heights = [len(panel) + 1 for panel in panels.values()]
+    figure = Figure(figsize=(8.0, 0.8 + 0.7 * len(panels) + 0.24 * sum(heights)), layout="constrained")
+    columns = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for axes, ((question, dtype), panel) in zip(columns, panels.items(), strict=True):
+        _draw_kinds(axes, panel)
+        size = f"{max(int(row['parameters']) for row in panel):,} {dtype} weights"
+        model = question.partition(", ")[2]
+        axes.set_title(f"{model}, {size}" if model else size, loc="left", fontsize=10)
+    columns[0].legend(fontsize=8)
+    columns[-1].set_xlabel("bytes per weight, between steps")
+    figure.suptitle(rows[0]["machine"], fontsize=11)
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def _draw_kinds(axes: Any, rows: Sequence[CsvRow]) -> None:
+    # the panel says which dtype and which model
+    names = [row["row"].rpartition(", ")[0] or row["row"] for row in rows]
     left = [0.0] * len(rows)
     for kind, color in zip(KINDS, ("#8c96a6", "#c9ced6", "#d9822b", "#2f6db0"), strict=True):
         widths = [float(row[kind]) for row in rows]
         axes.barh(names, widths, left=left, color=color, label=kind)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.scatter([float(row["peak"]) for row in rows], names, marker="|", color="black", label="peak ever")
+    for name, total in zip(names, left, strict=True):
+        axes.annotate(
+            f"{total:.2f}", (0, name), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7
+        )
+    peaks = [float(row["peak"]) for row in rows]
+    axes.scatter(peaks, names, marker="|", color="black", label="peak ever")
     axes.invert_yaxis()
-    axes.set(
-        xlabel="bytes per weight, between steps",
-        title=f"{rows[0]['machine']}, {int(rows[0]['parameters']):,} weights",
-    )
-    axes.legend(fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
     axes.grid(alpha=0.3, axis="x")
-    figure.savefig(path, dpi=130)
-    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

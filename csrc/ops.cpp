@@ -739,16 +739,20 @@ void adamw_indexed_(Tensors params, Tensors grads, Tensors indices, Tensors exp_
 }
 
 void accumulate_(Tensors statistics, Tensors grads, Tensors nonfinite, std::string kind, Tensors grad_scales,
-                 Tensors first_counts, bool absolute) {
+                 Tensors first_counts, bool absolute, Numbers rounding, Numbers geometries) {
     const size_t count = statistics.size();
     check_length("grads", length(grads), count);
     check_length("nonfinite", nonfinite.size(), count);
     check_optional_length("grad_scales", length(grad_scales), count);
+    check_geometries(geometries, count);
+    const Draws rounds("rounding", rounding, count);
     Arrays arrays(statistics);
     AccumulateCall call;
     call.stream = arrays.place.stream();
     call.kind = kind_of(kind);
     call.absolute = absolute;
+    call.rounding_seed = rounds.rule.seed;
+    call.rounding_draw = rounds.rule.draw;
     int64_t* counts = nullptr;
     size_t rows = 0;
     if (!first_counts.empty()) {
@@ -774,7 +778,13 @@ void accumulate_(Tensors statistics, Tensors grads, Tensors nonfinite, std::stri
         if (counts != nullptr) {
             tensor.counts = counts + (rows == 1 ? 0 : i) * (1 << 11);
         }
-        call.blocks.add(tensor.numel);
+        tensor.geometry = geometry_of(geometries, i, tensor.numel);
+        tensor.rounds = rounds.given && tensor.statistic.dtype == Dtype::kBFloat16;
+        if (tensor.rounds) {
+            tensor.rounding_key = rounds.keys[i];
+            tensor.lead = lead_of(tensor.geometry, tensor.numel);
+        }
+        call.blocks.add(tensor.numel, tensor.lead);
         call.tensors.push_back(tensor);
     }
     backend::accumulate(call);
@@ -1008,7 +1018,8 @@ void define_verbs(Library& library) {
         "Tensor? found_inf, bool compact_grads) -> ()");
     library.def(
         "accumulate_(Tensor(a!)[] statistics, Tensor[] grads, Tensor(b!)[] nonfinite, str kind, "
-        "Tensor[] grad_scales, Tensor(c!)[] first_counts, bool absolute) -> ()");
+        "Tensor[] grad_scales, Tensor(c!)[] first_counts, bool absolute, int[] rounding, int[] geometries) "
+        "-> ()");
     library.def(
         "histogram(Tensor[] scores, int shift, int width, Tensor prefixes, bool per_tensor, bool absolute, "
         "Tensor[] ties, int[] geometries) -> Tensor");

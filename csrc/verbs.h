@@ -160,6 +160,11 @@ struct AccumulateTensor {
     Number scale = {1};
     bool* nonfinite = nullptr;  // raised
     int64_t* counts = nullptr;  // 2^11 bins, added to
+    // what only a statistic that is rounded stochastically needs
+    bool rounds = false;
+    uint32_t rounding_key = 0;
+    Geometry geometry;
+    int64_t lead = 0;
 };
 
 struct AccumulateCall {
@@ -168,6 +173,8 @@ struct AccumulateCall {
     void* stream = nullptr;
     Kind kind = Kind::kSquares;
     bool absolute = false;
+    uint64_t rounding_seed = 0;
+    uint32_t rounding_draw = 0;
 };
 
 struct HistogramTensor {

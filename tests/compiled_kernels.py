@@ -75,8 +75,8 @@ def compact(form):
     return kernels._compact_kernel, pointers | {name: rest[name] for name in used}, constants | unused, 4
 
 
-def accumulate(statistic, grad, kind=0):
-    constants = {"scales_ptr": None, "STATISTIC": statistic, "GRAD": grad, "KIND": kind}
+def accumulate(statistic, grad, kind=0, rounded=False):
+    constants = {"scales_ptr": None, "STATISTIC": statistic, "GRAD": grad, "KIND": kind, "ROUNDED": rounded}
     return kernels._accumulate_kernel, GRADS, constants, 4
 
 
@@ -103,6 +103,8 @@ VARIANTS = {
     "adamw_indexed_ ages": indexed(AGE=I32),
     "accumulate_ squares": accumulate(F32, F32),
     "accumulate_ squares, bfloat16": accumulate(BF16, BF16),
+    "accumulate_ rounded": accumulate(BF16, BF16, rounded=True),
+    "accumulate_ rounded, float32 grads": accumulate(BF16, F32, rounded=True),
     "histogram first round": histogram(),
     "histogram later round": histogram(shift=10),
     "histogram bfloat16": histogram(I16, 5),

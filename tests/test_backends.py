@@ -911,6 +911,68 @@ def test_an_entry_of_age_a_moves_as_in_a_tensor_of_its_own(backend, dtype):
     check_ages(backend, dtype)
 
 
+@pytest.mark.parametrize(
+    "dtypes",
+    named(
+        float64=(F64, F64), float32=(F32, F32), bfloat16=(BF16, F32), float16=(F16, F32),
+        bfloat16_gathered_as_float32=(BF16, BF16),
+    ),
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    named(
+        plain={}, masters={"masters": True}, ages={"ages": True}, amsgrad={"amsgrad": True},
+        grad_scale={"grad_scale": torch.tensor(0.37)}, maximize={"maximize": True},
+        all_of_them={
+            "masters": True, "ages": True, "amsgrad": True, "grad_scale": torch.tensor(0.37),
+            "maximize": True, "weight_decay": 0.1, "lr": torch.tensor(0.3),
+        },
+    ),
+)  # fmt: skip
+def test_gathered_gradients_update_as_dense_ones_do_bit_for_bit(backend, dtypes, flags):
+    dtype, grad_dtype = dtypes
+    rng, hyper = np.random.default_rng(44), HYPER | {"lr": 0.3} | flags
+    with_masters = hyper.pop("masters", False) and dtype in (BF16, F16)
+    with_ages, amsgrad = hyper.pop("ages", False), hyper.pop("amsgrad", False)
+    indices, wide = make_indices(rng), F64 if dtype == F64 else F32
+    sizes = [where.numel() for where in indices]
+    state = [[normal(rng, (n,), wide).square() for n in sizes] for _ in range(3)]
+    ages = [torch.from_numpy(rng.integers(0, 5, n)).int() for n in sizes] if with_ages else []
+    params = [normal(rng, layout.shape, dtype) for layout in LAYOUTS]
+    masters = []
+    if with_masters:
+        masters = [normal(rng, (n,), F32) for n in sizes]
+        for param, where, master in zip(params, indices, masters, strict=True):
+            # the last half is stale
+            param.view(-1)[where[: len(where) // 2].long()] = master[: len(where) // 2].to(dtype)
+    start = [
+        params,
+        *state[:2],
+        state[2] if amsgrad else [],
+        masters,
+        ages,
+        [torch.tensor(3.0) for _ in sizes],
+    ]
+    results = []
+    for compact in (False, True):
+        columns, draw = copies(start), np.random.default_rng(45)
+        for _ in range(2):
+            grads = [Buffer(normal(draw, layout.shape, grad_dtype), layout.grad).tensor for layout in LAYOUTS]
+            if compact:
+                # from the middle of a buffer on, as of several tensors together
+                grads = [
+                    torch.cat([torch.zeros(3, dtype=wide), grad.reshape(-1)[where.long()].to(wide)])[3:]
+                    for grad, where in zip(grads, indices, strict=True)
+                ]
+            param, *rest = columns
+            backend.adamw_indexed_(param, grads, indices, *rest, **hyper, compact_grads=compact)
+        results.append(columns)
+    for i, (dense, gathered) in enumerate(zip(*results, strict=True)):
+        for want, got in zip(dense, gathered, strict=True):
+            assert_same_bits(got, want, f"column {i}")
+    assert not torch.equal(results[0][0][7], params[7])
+
+
 def test_int64_indices_are_taken_too(backend):
     results = []
     for dtype in (torch.int32, torch.int64):
@@ -927,10 +989,41 @@ def test_int64_indices_are_taken_too(backend):
 # --- accumulate_ ------------------------------------------------------------------------------------------
 
 
-def check_accumulate(backend, kind, statistic_dtype, grad_dtype, scaled):
-    """Multiply, then add, each rounded on its own, as NumPy does it."""
+def rounded_by(total, words):
+    """float32 as bfloat16, up where the low 16 bits of the word carry; to nearest where not finite."""
+    low = (words & np.uint64(0xFFFF)).astype(np.int64).reshape(total.shape)
+    carried = ((total.view(np.int32).astype(np.int64) + low) >> 16).astype(np.int16)
+    nearest = bits_of(torch.from_numpy(total).to(BF16)).numpy()
+    return torch.from_numpy(np.where(np.isfinite(total), carried, nearest)).view(BF16)
+
+
+STATISTIC_ROUNDING = Draws(
+    # a seed that is a negative number in 64 bits, keys that are none in 32
+    0xFEDC_BA98_7654_3210, purpose_draw(STATISTIC_ROUNDING_DRAWS, 5), 0,
+    [0xF000_0000 + 977 * i for i in range(len(LAYOUTS))],
+)  # fmt: skip
+PLACES = {
+    "whole": None,
+    "run_of_tiles": lambda n: (3072, max(n, 1), max(n, 1)),
+    "run_from_inside_a_tile": lambda n: (1023, max(n, 1), max(n, 1)),
+    # with addresses that are aligned where their tile of the rule begins
+    "run_from_an_aligned_place": lambda n: (2**40 + 512, max(n, 1), max(n, 1)),
+    "short_rows": lambda n: (77, 13, 40),
+    "rows_of_tiles": lambda n: (1024, 1024, 3072),
+    "long_rows": lambda n: (2**35 + 5, 1500, 70_000),
+}
+
+
+def check_accumulate(backend, kind, statistic_dtype, grad_dtype, scaled, places=None):
+    """Multiply, then add, each rounded on its own, as NumPy does it. With `places`, bfloat16 statistics are
+    rounded by the words of the entries there.
+    """
     rng = np.random.default_rng(9)
     statistics, grads, expected, spoiled = [], [], [], []
+    rounding = geometries = None
+    if places is not None:
+        rounding, placed = STATISTIC_ROUNDING, PLACES[places] or whole
+        geometries = [placed(math.prod(layout.shape)) for layout in LAYOUTS]
     scales = [torch.tensor(0.1 + 0.3 * i) for i in range(len(LAYOUTS))]
     for i, layout in enumerate(LAYOUTS):
         numel = int(np.prod(layout.shape))
@@ -951,8 +1044,12 @@ def check_accumulate(backend, kind, statistic_dtype, grad_dtype, scaled):
         value = np.where(finite, value, np.float32(0))
         value = {"squares": value * value, "signed": value, "absolute": abs(value)}[kind]
         assert value.dtype == np.float32
-        total = statistics[-1].values.float().numpy() + value
-        expected.append(torch.from_numpy(np.asarray(total)).to(statistic_dtype))
+        total = np.asarray(statistics[-1].values.float().numpy() + value)
+        if rounding is not None and statistic_dtype == BF16:
+            entries = global_indices(numel, geometries[i])
+            expected.append(rounded_by(total, words_of(*rounding[:2], rounding.keys[i], entries)))
+        else:
+            expected.append(torch.from_numpy(total).to(statistic_dtype))
     assert any(spoiled) and not all(spoiled)
     flags = [torch.tensor(i == 5) for i in range(len(LAYOUTS))]
     backend.accumulate_(
@@ -961,6 +1058,8 @@ def check_accumulate(backend, kind, statistic_dtype, grad_dtype, scaled):
         flags,
         kind=kind,
         grad_scales=scales if scaled else None,
+        **({} if rounding is None else {"rounding": rounding}),
+        **({} if places in (None, "whole") else {"geometries": geometries}),
     )
     for i in range(len(LAYOUTS)):
         assert_same_bits(statistics[i].values, expected[i], f"statistic {i} {LAYOUTS[i].shape}")
@@ -977,6 +1076,147 @@ def check_accumulate(backend, kind, statistic_dtype, grad_dtype, scaled):
 @pytest.mark.parametrize("scaled", named(unscaled=False, scaled=True))
 def test_accumulate_is_multiply_then_add_bit_for_bit(backend, kind, statistic_dtype, grad_dtype, scaled):
     check_accumulate(backend, kind, statistic_dtype, grad_dtype, scaled)
+
+
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("grad_dtype", named(float32_grads=F32, bfloat16_grads=BF16))
+def test_a_rounded_statistic_takes_the_words_of_its_own_entries_bit_for_bit(backend, grad_dtype, places):
+    check_accumulate(backend, "squares", BF16, grad_dtype, True, places)
+
+
+@pytest.mark.parametrize("kind", ["signed", "absolute"])
+@pytest.mark.parametrize("grad_dtype", named(float64_grads=F64, float16_grads=F16))
+def test_statistics_of_every_kind_are_rounded_alike(backend, kind, grad_dtype):
+    check_accumulate(backend, kind, BF16, grad_dtype, False, "run_from_inside_a_tile")
+
+
+@pytest.mark.parametrize("grad_dtype", named(float32_grads=F32, bfloat16_grads=BF16))
+def test_rounding_leaves_float32_statistics_alone(backend, grad_dtype):
+    check_accumulate(backend, "squares", F32, grad_dtype, True, "long_rows")
+
+
+def test_statistics_of_two_dtypes_share_a_rounded_call(backend):
+    rng, numels = np.random.default_rng(41), [5000, 4096, 1023, 8192, 100]
+    dtypes, keys = [BF16, F32, BF16, BF16, F32], [9, 8, 7, 6, 5]
+    rounding = STATISTIC_ROUNDING._replace(keys=keys)
+    # each has a place of its own
+    geometries = [(512 * i, n, n) for i, n in enumerate(numels)]
+    statistics = [normal(rng, (n,), dtype) for n, dtype in zip(numels, dtypes, strict=True)]
+    grads = [normal(rng, (n,), F32) for n in numels]
+    totals = [s.float() + g for s, g in zip(statistics, grads, strict=True)]
+    backend.accumulate_(
+        statistics, grads, [torch.tensor(False) for _ in numels], kind="signed",
+        rounding=rounding, geometries=geometries,
+    )  # fmt: skip
+    for i, (statistic, total) in enumerate(zip(statistics, totals, strict=True)):
+        words = words_of(*rounding[:2], keys[i], global_indices(numels[i], geometries[i]))
+        expected = rounded_by(total.numpy(), words) if dtypes[i] == BF16 else total
+        assert_same_bits(statistic, expected, f"statistic {i}")
+
+
+def test_sums_that_are_not_finite_are_rounded_to_nearest(backend):
+    # the largest bfloat16 and its opposite overflow in float32 for some, and by the carry for others
+    largest, n = torch.finfo(BF16).max, 4096
+    start = torch.tensor([math.inf, -math.inf, math.nan, largest, -largest, largest, 0.0, -0.0])
+    added = torch.tensor([1.0, 1.0, 1.0, 3e38, -3e38, largest / 300, 0.0, -0.0])
+    statistic, grad = (values.repeat(n // 8 + 1) for values in (start, added))
+    statistic, total = statistic.to(BF16), statistic.to(BF16).float() + grad
+    backend.accumulate_(
+        [statistic], [grad], [torch.tensor(False)], kind="signed",
+        rounding=STATISTIC_ROUNDING._replace(keys=[3]),
+    )  # fmt: skip
+    words = words_of(*STATISTIC_ROUNDING[:2], 3, np.arange(statistic.numel()))
+    expected = rounded_by(total.numpy(), words)
+    # every NaN is as good as any other
+    assert torch.equal(statistic.isnan(), expected.isnan())
+    known = ~expected.isnan()
+    assert_same_bits(statistic[known], expected[known], "statistic")
+    carried = statistic.view(-1, 8)[:, 5].isinf()
+    assert carried.any() and not carried.all()
+
+
+def check_unbiased(backend):
+    """Additions of a quarter of the spacing, which rounding to nearest would lose one and all."""
+    n, updates = 6000, 32
+    statistic, grad, added = torch.ones(n, dtype=BF16), torch.full((n,), 2.0**-9), 2.0**-9
+    for update in range(updates):
+        rounding = Draws(3, purpose_draw(STATISTIC_ROUNDING_DRAWS, update), 0, [8])
+        backend.accumulate_([statistic], [grad], [torch.tensor(False)], kind="signed", rounding=rounding)
+    got = to_numpy(statistic, np.float64) - 1
+    assert got.max() < 1, "the spacing grew"
+    # each step is up by a whole spacing with a probability of 1/4: a binomial number of ups
+    mean, variance = updates * added, updates * 3 / 16 * 2.0**-14
+    assert abs(got.mean() - mean) < 5 * math.sqrt(variance / n), f"{got.mean()} for {mean}"
+    assert abs(got.var() / variance - 1) < 5 * math.sqrt(2 / n), f"{got.var()} for {variance}"
+
+
+def test_the_mean_of_many_rounded_accumulations_is_unbiased(backend):
+    check_unbiased(backend)
+
+
+SLICES = named(
+    shard_0=[(slice(0, 37), slice(None)), (slice(37, 90), slice(None))],
+    shard_1=[(slice(None), slice(0, 64)), (slice(None), slice(64, 131))],
+    blocks=[(slice(a, b), slice(c, d)) for a, b in ((0, 23), (23, 90)) for c, d in ((0, 31), (31, 131))],
+)
+
+
+@pytest.mark.parametrize("blocks", SLICES)
+def test_shards_round_statistics_as_the_whole_tensor_does(backend, blocks):
+    rng, shape = np.random.default_rng(42), (90, 131)
+    rounding = STATISTIC_ROUNDING._replace(keys=[4])
+    start, grad = normal(rng, shape, BF16), normal(rng, shape, F32)
+    full = start.clone()
+    backend.accumulate_([full], [grad], [torch.tensor(False)], kind="squares", rounding=rounding)
+    for block in blocks:
+        _, geometry = block_geometry(shape, block)
+        part = start[block].contiguous()
+        backend.accumulate_(
+            [part], [grad[block]], [torch.tensor(False)], kind="squares",
+            rounding=rounding, geometries=[geometry],
+        )  # fmt: skip
+        assert_same_bits(part, full[block].contiguous(), f"block {block}")
+
+
+def check_rounded_counts(backend, per_tensor=True, absolute=True, places="run_from_an_aligned_place"):
+    """The first round counts the statistics as they were stored."""
+    rng = np.random.default_rng(43)
+    statistics = [normal(rng, layout.shape, BF16) for layout in LAYOUTS]
+    grads = [normal(rng, layout.shape, (F32, BF16)[i % 2]) for i, layout in enumerate(LAYOUTS)]
+    geometries = [PLACES[places](math.prod(layout.shape)) for layout in LAYOUTS]
+    flags = [torch.tensor(False) for _ in LAYOUTS]
+    apart, nearest = copies([statistics, statistics])
+    how = {"kind": "signed"}
+    rounded = {"rounding": STATISTIC_ROUNDING, "geometries": geometries}
+    counts = torch.ones(len(LAYOUTS) if per_tensor else 1, 2048, dtype=torch.int64)
+    backend.accumulate_(statistics, grads, flags, **how, **rounded, first_counts=counts, absolute=absolute)
+    backend.accumulate_(apart, grads, flags, **how, **rounded)
+    backend.accumulate_(nearest, grads, flags, **how)
+    for a, b in zip(statistics, apart, strict=True):
+        assert_same_bits(a, b, "statistic")
+    first = {"shift": 16 - 11, "width": 11, "per_tensor": per_tensor, "absolute": absolute}
+    first["prefixes"] = torch.zeros(len(LAYOUTS), dtype=torch.int64)
+    assert torch.equal(counts, reference.histogram(apart, **first) + 1)
+    assert not torch.equal(counts, reference.histogram(nearest, **first) + 1)
+
+
+@pytest.mark.parametrize("per_tensor", named(summed=False, per_tensor=True))
+@pytest.mark.parametrize("absolute", named(as_they_are=False, by_magnitude=True))
+@pytest.mark.parametrize("places", ["run_from_an_aligned_place", "short_rows"])
+def test_the_first_round_counts_rounded_statistics_as_they_are_stored(backend, per_tensor, absolute, places):
+    check_rounded_counts(backend, per_tensor, absolute, places)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    named(keys={"keys": [1]}, all_keys={"keys": []}, geometries={"geometries": [(0, 5, 5)]}),
+)
+def test_rounding_without_a_key_or_a_place_for_every_statistic_is_refused(backend, missing):
+    given = {"rounding": STATISTIC_ROUNDING._replace(keys=missing.get("keys", [1, 2]))}
+    given |= {"geometries": missing["geometries"]} if "geometries" in missing else {}
+    statistics, flags = [torch.ones(5, dtype=BF16) for _ in range(2)], [torch.tensor(False)] * 2
+    with pytest.raises((IndexError, RuntimeError)):
+        backend.accumulate_(statistics, [torch.ones(5)] * 2, flags, kind="squares", **given)
 
 
 def test_a_gradient_that_its_scale_makes_infinite_adds_zero_and_raises_the_flag(backend):
@@ -1824,6 +2064,34 @@ def test_norm_is_the_sum_of_squares_of_selected_entries(backend, form, dtype):
     check_norm(backend, form, dtype)
 
 
+LISTED = [0, 1, 1023, 1024, 1025, 4095, 4096, 4097, 10_000, 2048, 3]
+
+
+@pytest.mark.parametrize("dtype", INDEXED_DTYPES)
+@pytest.mark.parametrize("together", named(each_alone=False, together=True))
+def test_gathered_gradients_have_the_norm_of_dense_ones_bit_for_bit(backend, dtype, together):
+    """So that what was gathered before is clipped by the very same number."""
+    rng, wide = np.random.default_rng(46), F64 if dtype == F64 else F32
+    dense, gathered, indices = [], [], []
+    for i, count in enumerate(LISTED):
+        # of many magnitudes, so that the order of additions shows
+        spread = 10.0 ** torch.from_numpy(rng.uniform(-2, 2, (53, 211)))
+        layout = ("contiguous", "aligned", "transposed", "sliced")[i % 4]
+        grad = Buffer((normal(rng, (53, 211), F64) * spread).to(dtype), layout)
+        where = torch.from_numpy(np.sort(rng.permutation(53 * 211)[:count]))
+        indices.append(where if i % 5 == 4 else where.int())
+        dense.append(grad.tensor)
+        compact = grad.values.view(-1)[where].to(wide)
+        gathered.append(Buffer(compact, ("aligned", "contiguous", "sliced")[i % 3]).tensor)
+    if together:
+        assert_same_bits(backend.norm(gathered), backend.norm(dense, indices=indices), "norm of all")
+        return
+    for count, grad, where, compact in zip(LISTED, dense, indices, gathered, strict=True):
+        norm = backend.norm([compact])
+        assert_same_bits(norm, backend.norm([grad], indices=[where]), f"norm of {count}")
+        assert_same_bits(norm, backend.norm([compact.contiguous().clone()]), f"norm of {count}, aligned")
+
+
 def test_norm_of_nothing_is_zero(backend):
     total = backend.norm([])
     assert total.dtype == F64 and total.shape == () and float(total) == 0.0
@@ -2205,6 +2473,51 @@ def starts_newcomers_with_a_neighbours_value(wrong):
     wrong.remap_ = remap_
 
 
+def rounds_by_another_key(wrong):
+    right = wrong.round_stochastically
+    wrong.round_stochastically = lambda values, seed, draw, key, geometry: right(
+        values, seed, draw, key ^ 1, geometry
+    )
+
+
+def rounds_by_the_next_entry(wrong):
+    right = wrong._entry_words
+
+    def words(seed, draw, key, numel, geometry, device):
+        offset, inner, stride = geometry
+        return right(seed, draw, key, numel, (offset + 1, inner, stride), device)
+
+    wrong._entry_words = words
+
+
+def counts_before_rounding(wrong):
+    right = wrong.accumulate_
+
+    def accumulate_(statistics, grads, flags, *, first_counts=None, **kwargs):
+        if first_counts is not None:
+            before = [s.clone() for s in statistics]
+            right(before, grads, flags, first_counts=first_counts, **(kwargs | {"rounding": None}))
+        right(statistics, grads, flags, **kwargs)
+
+    wrong.accumulate_ = accumulate_
+
+
+def rounds_float32_statistics(wrong):
+    right = wrong.accumulate_
+
+    def accumulate_(statistics, *args, rounding=None, **kwargs):
+        right(statistics, *args, rounding=rounding, **kwargs)
+        if rounding is not None:
+            statistics[5].copy_(statistics[5].to(BF16))
+
+    wrong.accumulate_ = accumulate_
+
+
+def always_draws_the_same(wrong):
+    right = wrong.round_stochastically
+    wrong.round_stochastically = lambda values, seed, draw, *rest: right(values, seed, 0, *rest)
+
+
 def sums_squares_in_float32(wrong):
     right = wrong.norm
     wrong.norm = lambda grads, **kwargs: right(grads, **kwargs).float().double()
@@ -2244,6 +2557,16 @@ WRONG = [
     (always_restarts_masters, check_stale_masters, ()),
     (fuses_multiply_and_add, check_accumulate, ("squares", F32, F32, False)),
     (forgets_the_flag, check_accumulate, ("squares", F32, F32, False)),
+    (rounds_to_nearest, check_accumulate, ("squares", BF16, F32, True, "whole")),
+    (rounds_by_the_mask_draw, check_accumulate, ("squares", BF16, F32, True, "whole")),
+    (rounds_by_another_key, check_accumulate, ("squares", BF16, F32, True, "whole")),
+    (rounds_by_the_next_entry, check_accumulate, ("squares", BF16, F32, True, "run_of_tiles")),
+    (rounds_by_the_next_entry, check_accumulate, ("squares", BF16, F32, True, "short_rows")),
+    (ignores_geometry, check_accumulate, ("squares", BF16, F32, True, "rows_of_tiles")),
+    (rounds_float32_statistics, check_accumulate, ("squares", F32, F32, True, "whole")),
+    (rounds_to_nearest, check_unbiased, ()),
+    (always_draws_the_same, check_unbiased, ()),
+    (counts_before_rounding, check_rounded_counts, ()),
     (numbers_counters_in_the_usual_order, check_seeded, (5000, (7, 5000, 5000))),
     (draws_with_one_key, check_seeded, (5000, whole(5000))),
     (forgets_the_high_counter_word, check_seeded, (5000, (2**34 + 1024, 5000, 5000))),

@@ -76,7 +76,10 @@ def test_no_kernel_keeps_registers_in_memory(architecture):
         pytest.skip(f"the library was not built for {architecture}")
     found = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
     kernels = {name: tuple(map(int, numbers)) for name, *numbers in found}
-    for needed in ("update_dense", "update_listed", "accumulate_tiles", "count_tiles", "norm_of_selected"):
+    for needed in (
+        "update_dense", "update_listed", "accumulate_tiles", "RoundedRow", "count_tiles", "norm_of_selected",
+        "norm_of_listed",
+    ):  # fmt: skip
         assert any(needed in name for name in kernels), (needed, said[:2000])
     for name, (_, stack, shared, local) in kernels.items():
         assert stack == 0 and local == 0, f"{name}: {stack} bytes of stack, {local} of local memory"
@@ -96,6 +99,15 @@ def test_full_tiles_are_read_and_written_sixteen_bytes_at_a_time():
         # weight, gradient and two moments at the least; all but the gradient are written
         assert len(re.findall(r"LDG\.E\.128", text)) >= 4, text.partition("\n")[0]
         assert len(re.findall(r"STG\.E\.128", text)) >= 3, text.partition("\n")[0]
+    rounded = [text for text in functions if "RoundedRow" in text.partition("\n")[0]]
+    fast = [text for text in rounded if "3AnyE" not in text.partition("\n")[0]]
+    assert len(fast) == 4  # bfloat16 statistics of bfloat16 and float32 gradients, counted or not
+    for text in fast:
+        # a thread has as many neighbours as the gradient has in 16 bytes; four are 8 bytes of the statistic
+        of_float32 = "DtypeE1EfE" in text.partition("\n")[0]
+        wide = 64 if of_float32 else 128
+        assert len(re.findall(r"LDG\.E\.128", text)) >= (1 if of_float32 else 2), text.partition("\n")[0]
+        assert len(re.findall(rf"STG\.E\.{wide}", text)) >= 1, text.partition("\n")[0]
 
 
 @needs_library
@@ -151,6 +163,24 @@ def test_a_list_that_needs_several_launches_is_updated_as_a_whole(there):
         for got, want in zip(results[0][i], results[1][i], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
     assert_equal(results[0][3], results[1][3])
+
+
+@needs_compiler
+@pytest.mark.parametrize("counted", [False, True], ids=["plain", "counted"])
+def test_rounded_statistics_over_several_launches(counted):
+    cuda, results = emulated.load(), []
+    for backend in (cuda, reference):
+        statistics = [s.bfloat16() for s in many(150)]
+        keys, flags = [*range(len(statistics))], [torch.tensor(False) for _ in statistics]
+        geometries = [(512 * i, 700, 1000) if i % 2 else (0, 10_000, 10_000) for i in keys]
+        counts = torch.zeros(len(keys), 2048, dtype=torch.int64)
+        backend.accumulate_(
+            statistics, many(150, seed=1), flags, kind="squares", first_counts=counts if counted else None,
+            rounding=Draws(5, 2 << 28, 0, keys), geometries=geometries,
+        )  # fmt: skip
+        results.append([*statistics, *flags, counts])
+    assert_equal(*results)
+    assert bool(results[0][-1].any()) == counted
 
 
 @needs_compiler
@@ -229,6 +259,12 @@ def test_bad_arguments_are_refused_as_on_the_cpu():
             unselected="thawed",
         )  # fmt: skip
     assert not param.any()
+    for changes, message in (
+        ({"keys": []}, "rounding must have one key per tensor, got 0 for 1"),
+        ({"geometries": [(0, 3, 3)] * 2}, "geometries must have three numbers per tensor, got 6 for 1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            test_native.rounded(cuda, **changes)
 
 
 @needs_compiler

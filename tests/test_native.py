@@ -285,8 +285,15 @@ def everything(native, geometry: str) -> list[torch.Tensor]:
             statistics, normal(torch.float32), [torch.tensor(False) for _ in NUMELS], kind="signed",
             first_counts=counts, absolute=absolute,
         )  # fmt: skip
+        rounded, rounded_counts = normal(torch.bfloat16), torch.zeros(1, 2048, dtype=torch.int64)
+        for grad_dtype in (torch.float32, torch.bfloat16):
+            native.accumulate_(
+                rounded, normal(grad_dtype), [torch.tensor(False) for _ in NUMELS], kind="squares",
+                first_counts=rounded_counts, absolute=absolute,
+                rounding=reference.Draws(2**63 + 5, 2 << 28, 0, keys), geometries=geometries,
+            )  # fmt: skip
         prefixes = torch.full((len(NUMELS),), 0xBF00_0000 >> 21)
-        results += [*statistics, counts]
+        results += [*statistics, counts, *rounded, rounded_counts]
         for per_tensor in (False, True):
             results.append(
                 native.histogram(
@@ -592,6 +599,18 @@ def test_a_bad_index_amid_good_ones_is_an_error_and_no_crash(native, dtype, bad)
             native.apply_delta_([torch.ones(9)], where, three[0], mode=mode)
 
 
+def rounded(native, draw=0, keys=(1,), geometries=None):
+    """One rounded accumulation; nothing may be written where an argument is refused."""
+    statistic = torch.ones(3, dtype=torch.bfloat16)
+    try:
+        native.accumulate_(
+            [statistic], [torch.ones(3)], [torch.tensor(False)], kind="signed",
+            rounding=reference.Draws(5, draw, 0, keys), geometries=geometries,
+        )  # fmt: skip
+    finally:
+        assert statistic.tolist() == [1, 1, 1]
+
+
 ONE = torch.tensor([0])
 BAD_OTHERS = {
     "statistic shape": (
@@ -608,6 +627,24 @@ BAD_OTHERS = {
             first_counts=torch.zeros(1, 2047, dtype=torch.int64),
         ),
         r"first_counts must be \[1, 2048\]",
+    ),
+    "rounding keys": (
+        lambda n: rounded(n, keys=[1, 2]),
+        "rounding must have one key per tensor, got 2 for 1 tensors",
+    ),
+    "no rounding keys": (
+        lambda n: rounded(n, keys=[]),
+        "rounding must have one key per tensor, got 0 for 1 tensors",
+    ),
+    "rounding key": (lambda n: rounded(n, keys=[1 << 32]), r"rounding.keys must be in \[0, 2\*\*32\)"),
+    "rounding draw": (lambda n: rounded(n, draw=-1), r"rounding.draw must be in \[0, 2\*\*32\), got -1"),
+    "rounding places": (
+        lambda n: rounded(n, geometries=[(0, 3, 3)] * 2),
+        "geometries must have three numbers per tensor, got 6 for 1 tensors",
+    ),
+    "rounding stride": (
+        lambda n: rounded(n, geometries=[(0, 3, 0)]),
+        "geometries must have offset >= 0, inner >= 1 and stride >= 1, got 0, 3 and 0",
     ),
     "width": (
         lambda n: n.histogram([torch.ones(3)], shift=0, width=12, prefixes=ONE, per_tensor=True),
@@ -790,6 +827,7 @@ class Arguments:
             "grad_scales": self.maybe(self.tensors(FLOATS, [()] * len(shapes))),
             "first_counts": self.maybe(self.tensor(torch.int64, (rows, 2048))),
             "absolute": self.choose.random() < 0.5,
+            "rounding": self.maybe(self.draws(shapes)), "geometries": self.geometries(shapes),
         }  # fmt: skip
 
     def histogram(self):

@@ -60,6 +60,8 @@ FULL_TILES = {
     "adamw_ and squares": (5 * 8, 4 * 8),
     "accumulate_ squares": (2 * 8, 8),
     "accumulate_ squares, bfloat16": (2 * 4, 4),
+    "accumulate_ rounded": (2 * 4, 4),
+    "accumulate_ rounded, float32 grads": (8 + 4, 4),
     # 256 threads
     "histogram first round": (4, 0),
     "histogram bfloat16": (2, 0),
@@ -98,7 +100,8 @@ def test_compiled_kernels_keep_the_promises_of_their_machine_code(machine_code):
             assert wide == FULL_TILES[name], f"{name}: {wide} wide loads and stores"
     assert set(FULL_TILES) <= set(machine_code)
     # a multiply-add in the machine code of a sum of squares would be one that the assembler made
-    assert "FFMA" not in machine_code["accumulate_ squares"]["instructions"]
+    for name in ("accumulate_ squares", "accumulate_ rounded", "accumulate_ rounded, float32 grads"):
+        assert "FFMA" not in machine_code[name]["instructions"], name
 
 
 # --- masks ------------------------------------------------------------------------------------------------
@@ -171,6 +174,11 @@ def counts_infinities(grad, kind: tl.constexpr):
 
 
 @triton.jit
+def rounds_to_nearest(value, word):
+    return triton_kernels._stored(value + word.to(tl.float32) * 0, tl.bfloat16)
+
+
+@triton.jit
 def lets_every_tie_pass(start, last_tie, reachable):
     return tl.where(reachable, 1 << 30, -1) + (start * 0 + last_tie * 0).to(tl.int32)
 
@@ -181,6 +189,7 @@ WRONG = [
     ("_adamw_entries", forgets_decay, check_indexed, (F32, {"weight_decay": 0.1})),
     ("_stored", stores_in_float16, check_adamw, ((F32, F32), ("everything", "frozen"), {})),
     ("_contribution", counts_infinities, check_accumulate, ("squares", F32, F32, False)),
+    ("_round_stochastically", rounds_to_nearest, check_accumulate, ("squares", BF16, F32, True, "whole")),
     ("_ties_within", lets_every_tie_pass, check_compact, (BF16, False)),
 ]
 

@@ -487,9 +487,9 @@ bool accumulate_entries(float* __restrict statistic, const float* __restrict gra
 }
 
 // Adds a block of gradients to a statistic; `values` is room for one, and has the new statistic at the end
-// unless it is float32 already. Returns where it lies.
-const float* accumulate_block(Kind kind, const Array& statistic, int64_t start, int64_t count,
-                              const float* grad, float scale, bool* nonfinite, float* values) {
+// unless it is float32 already. Returns where it lies, still to be stored.
+const float* add_block(Kind kind, const Array& statistic, int64_t start, int64_t count, const float* grad,
+                       float scale, bool* nonfinite, float* values) {
     float* const total = load(statistic, start, count, values);
     bool found = false;
     switch (kind) {
@@ -506,6 +506,13 @@ const float* accumulate_block(Kind kind, const Array& statistic, int64_t start, 
     if (found) {
         __atomic_store_n(nonfinite, true, __ATOMIC_RELAXED);
     }
+    return total;
+}
+
+// The same, stored.
+const float* accumulate_block(Kind kind, const Array& statistic, int64_t start, int64_t count,
+                              const float* grad, float scale, bool* nonfinite, float* values) {
+    const float* const total = add_block(kind, statistic, start, count, grad, scale, nonfinite, values);
     store(total, at(statistic, start), statistic.dtype, count, nullptr);
     return total;
 }
@@ -1173,6 +1180,25 @@ void histogram(HistogramCall& call, int64_t begin, int64_t end) {
     bins.flush();
 }
 
+// `accumulate_block` of a bfloat16 statistic that is rounded stochastically.
+const float* accumulate_rounded_block(const AccumulateCall& call, const AccumulateTensor& tensor,
+                                      const Span& span, float* grads, float* totals) {
+    alignas(64) uint32_t words[kBlock], tile[kBlock];
+    Ahead ahead;
+    if (span.count == kBlock) {
+        ahead.add(tensor.statistic, span.start);
+        ahead.add(tensor.grad, span.start);
+    }
+    draw_entries<false>(tensor.geometry, span.start, span.count, call.rounding_seed, call.rounding_draw,
+                        tensor.rounding_key, 0, ahead, tile, words);
+    const float* const grad = load(tensor.grad, span.start, span.count, grads);
+    const float* const total = add_block(call.kind, tensor.statistic, span.start, span.count, grad,
+                                         static_cast<float>(tensor.scale.value), tensor.nonfinite, totals);
+    store_stochastically(total, words, span.count,
+                         reinterpret_cast<uint16_t*>(at(tensor.statistic, span.start)), nullptr);
+    return total;
+}
+
 void accumulate(AccumulateCall& call, int64_t begin, int64_t end) {
     alignas(64) float grads[kBlock], totals[kBlock];
     Bins bins;
@@ -1186,11 +1212,15 @@ void accumulate(AccumulateCall& call, int64_t begin, int64_t end) {
             ++index;
         }
         AccumulateTensor& tensor = call.tensors[static_cast<size_t>(index)];
-        const Span span = span_of(block - call.blocks.first(index), 0, tensor.numel);
-        const float* const grad = load(tensor.grad, span.start, span.count, grads);
-        const float* statistic =
-            accumulate_block(call.kind, tensor.statistic, span.start, span.count, grad,
-                             static_cast<float>(tensor.scale.value), tensor.nonfinite, totals);
+        const Span span = span_of(block - call.blocks.first(index), tensor.lead, tensor.numel);
+        const float* statistic;
+        if (tensor.rounds) {
+            statistic = accumulate_rounded_block(call, tensor, span, grads, totals);
+        } else {
+            const float* const grad = load(tensor.grad, span.start, span.count, grads);
+            statistic = accumulate_block(call.kind, tensor.statistic, span.start, span.count, grad,
+                                         static_cast<float>(tensor.scale.value), tensor.nonfinite, totals);
+        }
         if (!counts) {
             continue;
         }

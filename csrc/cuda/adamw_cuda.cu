@@ -204,16 +204,6 @@ __device__ __forceinline__ void observe_part(const DenseRow<T>& row, Kind kind, 
     }
 }
 
-// One of the words of a quarter. Not by its place, which is not known beforehand: the array would lie in
-// memory.
-template <int kWords>
-__device__ __forceinline__ uint32_t of_quarter(const uint32_t (&words)[kWords], int quarter, int i) {
-    constexpr int kEntries = kWords / 4;
-    const uint32_t low = quarter == 0 ? words[i] : words[kEntries + i];
-    const uint32_t high = quarter == 2 ? words[2 * kEntries + i] : words[3 * kEntries + i];
-    return quarter < 2 ? low : high;
-}
-
 // The loops over quarters are not unrolled: what the threads of a multiprocessor have under way in one
 // quarter keeps its memory busy, and the code is a fourth as long.
 template <bool kFull, bool kDraws, typename T, typename P, typename G, typename S, int kEntries>

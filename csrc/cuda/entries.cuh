@@ -335,6 +335,16 @@ __device__ __forceinline__ void draw(const Part<kEntries>& part, const Geometry&
     }
 }
 
+// One of the words of a quarter. Not by its place, which is not known beforehand: the array would lie in
+// memory.
+template <int kWords>
+__device__ __forceinline__ uint32_t of_quarter(const uint32_t (&words)[kWords], int quarter, int i) {
+    constexpr int kEntries = kWords / 4;
+    const uint32_t low = quarter == 0 ? words[i] : words[kEntries + i];
+    const uint32_t high = quarter == 2 ? words[2 * kEntries + i] : words[3 * kEntries + i];
+    return quarter < 2 ? low : high;
+}
+
 // What a kernel needs of a mask.
 struct MaskRow {
     Geometry geometry;
@@ -480,12 +490,20 @@ __device__ __forceinline__ float contribution(Kind kind, float value) {
                                    : std::bit_cast<float>(std::bit_cast<uint32_t>(value) & 0x7FFFFFFF);
 }
 
+// Rounds to nearest.
+struct ToNearest {
+    template <typename Totals>
+    __device__ __forceinline__ void operator()(Totals& totals, int i, float value) const {
+        totals.set(i, value);
+    }
+};
+
 // Adds neighbours of a gradient to a statistic; true if one of them was not finite. `within`: those that are
-// inside of the tensor. The new statistic stays in `totals`.
-template <bool kFull, typename G, typename Totals, int kEntries>
+// inside of the tensor. The new statistic stays in `totals`, where `put` rounds it.
+template <bool kFull, typename G, typename Totals, int kEntries, typename Put = ToNearest>
 __device__ __forceinline__ bool add_to_statistic(const Array& statistic, const Array& grad, Kind kind,
                                                  float scale, int64_t start, int64_t numel, uint32_t within,
-                                                 Totals& totals) {
+                                                 Totals& totals, const Put& put = Put()) {
     Entries<G, float, kEntries> grads;
     grads.template load<kFull>(grad, start, numel);
     totals.template load<kFull>(statistic, start, numel);
@@ -494,7 +512,7 @@ __device__ __forceinline__ bool add_to_statistic(const Array& statistic, const A
     for (int i = 0; i < kEntries; ++i) {
         const float value = grads.get(i) * scale;
         spoiled |= (within >> i & 1) && !is_finite(value);
-        totals.set(i, totals.get(i) + contribution(kind, value));
+        put(totals, i, totals.get(i) + contribution(kind, value));
     }
     totals.template store<kFull>(statistic, start, within);
     return spoiled;

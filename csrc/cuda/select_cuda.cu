@@ -47,22 +47,24 @@ __device__ __forceinline__ uint32_t unsigned_key(float score) {
 }
 
 // How many tiles a block takes, one after the other.
-template <typename Tensors>
-int64_t run_of(const Tensors& tensors) {
+template <typename Row>
+int64_t run_of(const std::vector<Row>& rows) {
     int64_t tiles = 0;
-    for (const auto& tensor : tensors) {
-        tiles += tiles_of(tensor.numel);
+    for (const Row& row : rows) {
+        tiles += tiles_of(row.numel, row.lead);
     }
     return std::max<int64_t>((tiles + kCountingBlocks - 1) / kCountingBlocks, 1);
 }
 
-int64_t runs_of(int64_t numel, int64_t run) {
-    return (tiles_of(numel) + run - 1) / run;
+template <typename Row>
+int64_t runs_of(const Row& row, int64_t run) {
+    return (tiles_of(row.numel, row.lead) + run - 1) / run;
 }
 
 // statistics
 
 struct StatisticRow {
+    static constexpr int64_t lead = 0;
     int64_t numel;
     Array statistic, grad;
     Number scale;
@@ -71,28 +73,56 @@ struct StatisticRow {
     bool aligned;
 };
 
+// of a bfloat16 statistic that is rounded stochastically
+struct RoundedRow : StatisticRow {
+    int64_t lead;
+    Geometry geometry;
+    uint32_t key;
+};
+
 struct StatisticShared {
     int64_t run;
     Kind kind;
     bool absolute;
 };
 
-using StatisticArgs = Rows<StatisticRow, StatisticShared>;
+struct RoundedShared : StatisticShared {
+    uint64_t seed;
+    uint32_t draw;
+};
 
-template <bool kFull, bool kCounts, typename G, typename S>
-__device__ __forceinline__ bool accumulate_tile(const StatisticRow& row, const StatisticShared& shared,
-                                                float scale, int64_t tile, uint32_t* bins) {
+template <bool kFull, bool kCounts, typename G, typename S, typename Row, typename Shared>
+__device__ __forceinline__ bool accumulate_tile(const Row& row, const Shared& shared, float scale,
+                                                int64_t tile, uint32_t* bins) {
+    constexpr bool kRounds = std::is_same_v<Row, RoundedRow>;
     constexpr int kEntries = kNeighbours<G>;
     constexpr uint32_t kAll = (1u << kEntries) - 1;
-    const Part<kEntries> part(tile, 0);
+    const Part<kEntries> part(tile, row.lead);
     const uint32_t within = kFull ? ~0u >> (32 - 4 * kEntries) : inside(part, row.numel);
     bool spoiled = false;
+    uint32_t words[kRounds && kFull ? 4 * kEntries : 1];
+    if constexpr (kRounds && kFull) {
+        draw(part, row.geometry, shared.seed, shared.draw, row.key,
+             [&](int entry, uint32_t word) { words[entry] = word; });
+    }
 #pragma unroll 1
     for (int quarter = 0; quarter < 4; ++quarter) {
         const uint32_t here = within >> (quarter * kEntries) & kAll;
         Entries<S, float, kEntries> totals;
+        const int64_t start = part.quarter(quarter);
+        const auto put = [&](Entries<S, float, kEntries>& rounded, int i, float value) {
+            if constexpr (!kRounds) {
+                rounded.set(i, value);
+            } else if constexpr (kFull) {
+                rounded.set_bfloat16(i, bfloat16_at_random(value, of_quarter(words, quarter, i)));
+            } else if (here >> i & 1) {
+                const auto index = static_cast<uint64_t>(global_index(start + i, row.geometry));
+                const uint32_t word = seeded_word(shared.seed, shared.draw, row.key, index);
+                rounded.set_bfloat16(i, bfloat16_at_random(value, word));
+            }
+        };
         spoiled |= add_to_statistic<kFull, G, Entries<S, float, kEntries>, kEntries>(
-            row.statistic, row.grad, shared.kind, scale, part.quarter(quarter), row.numel, here, totals);
+            row.statistic, row.grad, shared.kind, scale, start, row.numel, here, totals, put);
         if constexpr (kCounts) {
 #pragma unroll
             for (int i = 0; i < kEntries; ++i) {
@@ -109,20 +139,20 @@ __device__ __forceinline__ bool accumulate_tile(const StatisticRow& row, const S
     return spoiled;
 }
 
-template <bool kCounts, typename G, typename S>
+template <bool kCounts, typename G, typename S, typename Row, typename Shared>
 __global__ void __launch_bounds__(Part<kNeighbours<G>>::kThreads, 2)
-    accumulate_tiles(const __grid_constant__ StatisticArgs args) {
+    accumulate_tiles(const __grid_constant__ Rows<Row, Shared> args) {
     __shared__ Bins bins;
     if constexpr (kCounts) {
         clear(bins);
     }
     uint32_t block = blockIdx.x;
-    const StatisticRow& row = args.rows[args.row_of(block)];
+    const Row& row = args.rows[args.row_of(block)];
     const float scale = static_cast<float>(read(row.scale));
     const int64_t first = block * args.shared.run, end = first + args.shared.run;
     bool spoiled = false;
-    for (int64_t tile = first; tile < end && tile * kTile < row.numel; ++tile) {
-        spoiled |= is_full(row.aligned, tile, 0, row.numel)
+    for (int64_t tile = first; tile < end && tile * kTile - row.lead < row.numel; ++tile) {
+        spoiled |= is_full(row.aligned, tile, row.lead, row.numel)
                        ? accumulate_tile<true, kCounts, G, S>(row, args.shared, scale, tile, bins)
                        : accumulate_tile<false, kCounts, G, S>(row, args.shared, scale, tile, bins);
     }
@@ -135,21 +165,24 @@ __global__ void __launch_bounds__(Part<kNeighbours<G>>::kThreads, 2)
     }
 }
 
-template <bool kCounting, typename G, typename S>
+template <bool kCounting, typename G, typename S, bool kRounding = false>
 struct Accumulation {
     using Grad = G;
     using Statistic = S;
-    static constexpr bool kCounts = kCounting;
+    using Row = std::conditional_t<kRounding, RoundedRow, StatisticRow>;
+    using Shared = std::conditional_t<kRounding, RoundedShared, StatisticShared>;
+    static constexpr bool kCounts = kCounting, kRounds = kRounding;
 
     static bool fits(const AccumulateTensor& tensor) {
-        return (tensor.counts != nullptr) == kCounting && cuda::fits<G>(tensor.grad) &&
-               cuda::fits<S>(tensor.statistic);
+        return (tensor.counts != nullptr) == kCounting && tensor.rounds == kRounding &&
+               cuda::fits<G>(tensor.grad) && cuda::fits<S>(tensor.statistic);
     }
 };
 
 // exact selection
 
 struct HistogramRow {
+    static constexpr int64_t lead = 0;
     int64_t numel;
     Array scores;
     Geometry geometry;
@@ -430,18 +463,35 @@ __global__ void __launch_bounds__(Part<kNeighbours<Tag>>::kThreads)
     add_up_threads(sum, row.sums + tile);
 }
 
-__global__ void __launch_bounds__(kListedThreads) norm_of_listed(const __grid_constant__ NormArgs args) {
-    uint32_t block = blockIdx.x;
-    const NormRow& row = args.rows[args.row_of(block)];
-    const int64_t first = static_cast<int64_t>(block) * kListed;
+// The tiles, the threads and the order of the additions are those of a tensor of the listed entries alone, in
+// float32 or float64.
+using NormList = Part<kNeighbours<F32>>;
+static_assert(kNeighbours<F32> == kNeighbours<Any>);
+
+__global__ void __launch_bounds__(NormList::kThreads) norm_of_listed(const __grid_constant__ NormArgs args) {
+    constexpr int kEntries = kNeighbours<F32>;
+    uint32_t tile = blockIdx.x;
+    const NormRow& row = args.rows[args.row_of(tile)];
+    const NormList part(tile, 0);
     double sum = 0;
-    for (int64_t place = first + threadIdx.x; place < row.indices.count && place < first + kListed;
-         place += kListedThreads) {
-        const int64_t index = index_at(row.indices, place, row.mask.numel);
-        const double value = load_any<double>(row.grad.data, row.grad.dtype, index);
-        sum += value * value;
+#pragma unroll 1
+    for (int quarter = 0; quarter < 4; ++quarter) {
+        const int64_t first = part.quarter(quarter);
+        int64_t indices[kEntries];
+#pragma unroll
+        for (int i = 0; i < kEntries; ++i) {
+            const int64_t place = first + i;
+            indices[i] = place < row.indices.count ? index_at(row.indices, place, row.mask.numel) : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kEntries; ++i) {
+            if (first + i < row.indices.count) {
+                const double value = load_any<double>(row.grad.data, row.grad.dtype, indices[i]);
+                sum += value * value;
+            }
+        }
     }
-    add_up_threads(sum, row.sums + block);
+    add_up_threads(sum, row.sums + tile);
 }
 
 struct SumsArgs {
@@ -466,7 +516,7 @@ struct Norm {
 };
 
 int64_t sums_of(const NormTensor& tensor, bool indexed) {
-    return indexed                              ? lists_of(tensor.indices.count)
+    return indexed                              ? tiles_of(tensor.indices.count)
            : tensor.mask.form == Form::kNothing ? 0
                                                 : tiles_of(tensor.mask.numel, tensor.lead);
 }
@@ -475,23 +525,46 @@ int64_t sums_of(const NormTensor& tensor, bool indexed) {
 
 void accumulate(AccumulateCall& call) {
     const auto add = [&]<typename A>(A, const std::vector<size_t>& places) {
-        std::vector<StatisticRow> rows;
+        using Row = typename A::Row;
+        std::vector<Row> rows;
         for (const size_t place : places) {
             const AccumulateTensor& tensor = call.tensors[place];
-            rows.push_back({tensor.numel, tensor.statistic, tensor.grad, tensor.scale, tensor.nonfinite,
-                            tensor.counts, is_aligned(tensor.statistic) && is_aligned(tensor.grad)});
+            StatisticRow row = {
+                tensor.numel,
+                tensor.statistic,
+                tensor.grad,
+                tensor.scale,
+                tensor.nonfinite,
+                tensor.counts,
+                is_aligned(tensor.statistic, tensor.lead) && is_aligned(tensor.grad, tensor.lead)};
+            if constexpr (A::kRounds) {
+                row.aligned = row.aligned && has_whole_tiles(tensor.geometry, tensor.numel);
+                rows.push_back({row, tensor.lead, tensor.geometry, tensor.rounding_key});
+            } else {
+                rows.push_back(row);
+            }
         }
-        const StatisticShared shared = {A::kCounts ? run_of(rows) : 1, call.kind, call.absolute};
-        launch_rows(accumulate_tiles<A::kCounts, typename A::Grad, typename A::Statistic>, rows, shared,
-                    Part<kNeighbours<typename A::Grad>>::kThreads, call.stream,
-                    [&](const StatisticRow& row) { return runs_of(row.numel, shared.run); });
+        const StatisticShared plain = {A::kCounts ? run_of(rows) : 1, call.kind, call.absolute};
+        typename A::Shared shared;
+        if constexpr (A::kRounds) {
+            shared = {plain, call.rounding_seed, call.rounding_draw};
+        } else {
+            shared = plain;
+        }
+        launch_rows(
+            accumulate_tiles<A::kCounts, typename A::Grad, typename A::Statistic, Row, typename A::Shared>,
+            rows, shared, Part<kNeighbours<typename A::Grad>>::kThreads, call.stream,
+            [&](const Row& row) { return runs_of(row, shared.run); });
     };
     by_combination(call.tensors, add,  //
                    Accumulation<false, F32, F32>(), Accumulation<true, F32, F32>(),
                    Accumulation<false, BF16, F32>(), Accumulation<true, BF16, F32>(),
                    Accumulation<false, BF16, BF16>(), Accumulation<true, BF16, BF16>(),
                    Accumulation<false, F16, F32>(), Accumulation<true, F16, F32>(),
-                   Accumulation<false, Any, Any>(), Accumulation<true, Any, Any>());
+                   Accumulation<false, Any, Any>(), Accumulation<true, Any, Any>(),
+                   Accumulation<false, F32, BF16, true>(), Accumulation<true, F32, BF16, true>(),
+                   Accumulation<false, BF16, BF16, true>(), Accumulation<true, BF16, BF16, true>(),
+                   Accumulation<false, Any, BF16, true>(), Accumulation<true, Any, BF16, true>());
 }
 
 void histogram(HistogramCall& call) {
@@ -504,7 +577,7 @@ void histogram(HistogramCall& call) {
         }
         const HistogramShared shared = {run_of(rows), call.shift, call.width, call.absolute};
         launch_rows(count_tiles<typename S::Tag>, rows, shared, Part<kNeighbours<typename S::Tag>>::kThreads,
-                    call.stream, [&](const HistogramRow& row) { return runs_of(row.numel, shared.run); });
+                    call.stream, [&](const HistogramRow& row) { return runs_of(row, shared.run); });
     };
     by_combination(call.tensors, count, Scores<F32>(), Scores<BF16>(), Scores<Any>());
 }
@@ -553,8 +626,8 @@ void norm(NormCall& call) {
     }
     const NormShared shared = {call.seeded};
     if (call.indexed) {
-        launch_rows(norm_of_listed, rows, shared, kListedThreads, call.stream,
-                    [](const NormRow& row) { return lists_of(row.indices.count); });
+        launch_rows(norm_of_listed, rows, shared, NormList::kThreads, call.stream,
+                    [](const NormRow& row) { return tiles_of(row.indices.count); });
     } else {
         const auto add = [&]<typename N>(N, const std::vector<size_t>& places) {
             std::vector<NormRow> chosen;

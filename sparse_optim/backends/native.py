@@ -230,11 +230,22 @@ def accumulate_(
     grad_scales: Sequence[Tensor] | None = None,
     first_counts: Tensor | None = None,
     absolute: bool = False,
+    rounding: Draws | None = None,
+    geometries: Sequence[Geometry] | None = None,
 ) -> None:
     """See `reference.accumulate_`. `first_counts` rides along: nothing is read again for it."""
     if statistics:
-        counts = () if first_counts is None else (first_counts,)
-        _ops.accumulate_(statistics, grads, nonfinite, kind, grad_scales or (), counts, absolute)
+        _ops.accumulate_(
+            statistics,
+            grads,
+            nonfinite,
+            kind,
+            grad_scales or (),
+            () if first_counts is None else (first_counts,),
+            absolute,
+            _drawn(rounding),
+            _flat(geometries),
+        )
 
 
 def histogram(

@@ -474,6 +474,8 @@ def accumulate_(
     grad_scales: Sequence[Tensor] | None = None,
     first_counts: Tensor | None = None,
     absolute: bool = False,
+    rounding: Draws | None = None,
+    geometries: Sequence[Geometry] | None = None,
 ) -> None:
     """Add what a gradient contributes to a statistic: multiply, then add, each rounded on its own.
 
@@ -481,12 +483,16 @@ def accumulate_(
         "signed":   statistic <- statistic + s g
         "absolute": statistic <- statistic + |s g|
 
+    Rounded to nearest, a bfloat16 sum stops growing at 256 times what is added to it; with `rounding` its
+    mean is exact.
+
     Args:
         statistics: parameter-shaped, float32 or bfloat16. grads: any floating dtype.
         nonfinite: 0-dim bool flags, raised where an entry of s g is not finite; such an entry adds zero.
         grad_scales: 0-dim factors s, one per tensor, or None for 1.
         first_counts: takes the first round of `histogram` over the new statistics, ranked by magnitude when
             `absolute`: int64 [1, 2**11] or [len(statistics), 2**11], added to. Statistics of one dtype.
+        rounding: rounds bfloat16 statistics stochastically; `threshold` is not used.
     """
     for i, (statistic, grad) in enumerate(zip(statistics, grads, strict=True)):
         value = grad.to(torch.float32)
@@ -501,7 +507,11 @@ def accumulate_(
             value = value.abs()
         # not statistic.add_(value * value) in one kernel: a fused multiply-add would change the ranking's
         # last bits
-        statistic.copy_(statistic.to(torch.float32) + value)
+        total = statistic.to(torch.float32) + value
+        if rounding is not None and statistic.dtype == torch.bfloat16:
+            geometry = whole(statistic) if geometries is None else geometries[i]
+            total = round_stochastically(total, rounding.seed, rounding.draw, rounding.keys[i], geometry)
+        statistic.copy_(total)
     if first_counts is not None and statistics:
         first_counts += histogram(
             statistics,
@@ -651,6 +661,9 @@ def norm(
 ) -> Tensor:
     """Sum of squares of the selected gradient entries, float64 and 0-dim, so that tensors and ranks add
     up.
+
+    Listed entries give the same bits as a tensor of them alone, so that gradients which were gathered before
+    are clipped exactly like dense ones.
     """
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
     for i, grad in enumerate(grads):

@@ -42,6 +42,8 @@ COUNTING_PROGRAMS = 1024  # of a histogram: each keeps its counts over many tile
 WARPS = 4
 
 _TILES, _TILE, _LISTED, _WINDOW = (tl.constexpr(n) for n in (TILES, TILE, LISTED, WINDOW))
+# of one quarter of a tile
+_LANES, _LANE_BITS = (tl.constexpr(n) for n in (TILES * 256, (TILES * 256).bit_length() - 1))
 
 # columns of a table: addresses, then numbers
 _PARAM, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _MASK, _STATISTIC, _NONFINITE, _STEP = (
@@ -323,8 +325,11 @@ def _places_columns(
             for i, column in enumerate((_OFFSET, _INNER, _STRIDE))
         }
     for name, column in (("key", _KEY), ("rounding_key", _ROUNDING_KEY)):
-        if keys.get(name) is not None:
-            columns[column] = _pick(keys[name] or (), places)
+        of_all = keys.get(name)
+        if of_all is not None:
+            # not `_pick`, for which an empty list stands for an argument that is not given
+            everyone = len(of_all) == len(places)
+            columns[column] = of_all if everyone else [of_all[i] for i in places]
     return columns
 
 
@@ -1175,13 +1180,13 @@ def _histogram_kernel(
                 total, spoiled = _accumulate_block(
                     tl.multiple_of(score_address.to(tl.pointer_type(STATISTIC)), 16) + begin,
                     tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16) + begin,
-                    offs, True, scale, KIND, scales_ptr is not None, True,
+                    offs, True, 0, scale, KIND, scales_ptr is not None, False, True,
                 )  # fmt: skip
             else:
                 total, spoiled = _accumulate_block(
                     score_address.to(tl.pointer_type(STATISTIC)) + start,
                     grad_address.to(tl.pointer_type(GRAD)) + start,
-                    offs, in_range, scale, KIND, scales_ptr is not None, False,
+                    offs, in_range, 0, scale, KIND, scales_ptr is not None, False, False,
                 )  # fmt: skip
             _raise_flag(nonfinite_ptr, spoiled)
             if BITS == 16:
@@ -1242,8 +1247,8 @@ def _histogram_kernel(
 
 @triton.jit
 def _accumulate_block(
-    statistic_ptr, grad_ptr, offs, in_range, scale,
-    KIND: tl.constexpr, SCALED: tl.constexpr, FULL: tl.constexpr,
+    statistic_ptr, grad_ptr, offs, in_range, word, scale,
+    KIND: tl.constexpr, SCALED: tl.constexpr, ROUNDED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Add gradients to statistics. Returns the new ones as stored, and 1 where a gradient is not finite."""
     grad = _load(grad_ptr, offs, in_range, FULL).to(tl.float32)
@@ -1252,15 +1257,15 @@ def _accumulate_block(
     # what lies beyond the end was read as zero
     value, finite = _contribution(grad, KIND)
     total = _load(statistic_ptr, offs, in_range, FULL).to(tl.float32) + value
-    total = _stored(total, statistic_ptr.dtype.element_ty)
+    total = _round_stochastically(total, word) if ROUNDED else _stored(total, statistic_ptr.dtype.element_ty)
     _store(statistic_ptr, offs, total, in_range, FULL)
     return total, tl.where(finite, 0, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rounding_seed", "rounding_draw"])
 def _accumulate_kernel(
-    table_ptr, owner_ptr, grads_ptr, scales_ptr,
-    STATISTIC: tl.constexpr, GRAD: tl.constexpr, KIND: tl.constexpr,
+    table_ptr, owner_ptr, grads_ptr, scales_ptr, rounding_seed: tl.uint64, rounding_draw: tl.uint32,
+    STATISTIC: tl.constexpr, GRAD: tl.constexpr, KIND: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """One program adds one tile of a gradient."""
     tensor = tl.load(owner_ptr + tl.program_id(0)).to(tl.int64)
@@ -1272,26 +1277,51 @@ def _accumulate_kernel(
     scale = 1.0
     if scales_ptr is not None:
         scale = tl.load(scales_ptr + tensor)
+    if ROUNDED:
+        offset, inner = tl.load(row_ptr + _OFFSET), tl.load(row_ptr + _INNER)
+        stride, key = tl.load(row_ptr + _STRIDE), tl.load(row_ptr + _ROUNDING_KEY).to(tl.uint32)
+        rounding_seed = tl.full([], rounding_seed, tl.uint64)
+        rounding_draw = tl.full([], rounding_draw, tl.uint32)
     aligned = (tl.load(row_ptr + _ALIGNED) != 0) & (grad_address % 16 == 0)
-    offs = tl.arange(0, 1024)
-    spoiled = tl.zeros([1024], tl.int32)
+    # drawing the words of single entries takes many registers
+    BLOCK: tl.constexpr = 512 if ROUNDED else 1024
+    offs = tl.arange(0, BLOCK)
+    spoiled = tl.zeros([BLOCK], tl.int32)
     if aligned & (start + _TILE <= numel):
         begin = tl.multiple_of(start, _TILE)
         statistic_ptr = tl.multiple_of(statistic_address.to(tl.pointer_type(STATISTIC)), 16) + begin
         grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), 16) + begin
-        for block in tl.static_range(_TILES):
-            _, found = _accumulate_block(
-                statistic_ptr + block * 1024, grad_ptr + block * 1024, offs, True, scale,
-                KIND, scales_ptr is not None, True,
-            )  # fmt: skip
-            spoiled |= found
+        if ROUNDED:
+            tiles = tl.arange(0, _TILES)
+            globals = _global_index(begin + tiles.to(tl.int64) * 1024, numel, offset, inner, stride)
+            w0, w1, w2, w3 = _tile_words(globals, rounding_seed, rounding_draw, key)
+            spoiled_tile = tl.zeros([_TILES, 256], tl.int32)
+            for quarter in tl.static_range(4):
+                within = tl.arange(0, 256) + quarter * 256
+                _, found = _accumulate_block(
+                    statistic_ptr, grad_ptr, tiles[:, None] * 1024 + within[None, :], True,
+                    _quarter(w0, w1, w2, w3, quarter), scale, KIND, scales_ptr is not None, True, True,
+                )  # fmt: skip
+                spoiled_tile |= found
+            _raise_flag(nonfinite_ptr, tl.max(spoiled_tile, 1))
+        else:
+            for block in tl.static_range(_TILES):
+                _, found = _accumulate_block(
+                    statistic_ptr + block * 1024, grad_ptr + block * 1024, offs, True, 0, scale,
+                    KIND, scales_ptr is not None, False, True,
+                )  # fmt: skip
+                spoiled |= found
     else:
-        for block in range(_TILES):
-            begin = start + block * 1024
+        for block in range(_TILE // BLOCK):
+            begin = start + block * BLOCK
+            word = 0
+            if ROUNDED:
+                index = _global_index(begin + offs, numel, offset, inner, stride)
+                word = _word(index, rounding_seed, rounding_draw, key)
             _, found = _accumulate_block(
                 statistic_address.to(tl.pointer_type(STATISTIC)) + begin,
                 grad_address.to(tl.pointer_type(GRAD)) + begin,
-                offs, offs < numel - begin, scale, KIND, scales_ptr is not None, False,
+                offs, offs < numel - begin, word, scale, KIND, scales_ptr is not None, ROUNDED, False,
             )  # fmt: skip
             spoiled |= found
     _raise_flag(nonfinite_ptr, spoiled)
@@ -1306,13 +1336,20 @@ def accumulate_(
     grad_scales: Sequence[Tensor] | None = None,
     first_counts: Tensor | None = None,
     absolute: bool = False,
+    rounding: Draws | None = None,
+    geometries: Sequence[Geometry] | None = None,
 ) -> None:
-    """See reference.accumulate_. One launch per device and combination of dtypes."""
+    """See reference.accumulate_. One launch per device and combination of dtypes; two where rounded
+    statistics are counted as well.
+    """
     for places in _groups(statistics, grads):
         flat = _Flat()
         group, group_grads = flat(_pick(statistics, places)), flat(_pick(grads, places), written=False)
         device, lengths = group[0].device, [s.numel() for s in group]
-        columns = {_STATISTIC: group, _NONFINITE: _pick(nonfinite, places)}
+        columns: dict[tl.constexpr, Any] = {_STATISTIC: group, _NONFINITE: _pick(nonfinite, places)}
+        rounded = rounding is not None and group[0].dtype == torch.bfloat16
+        if rounding is not None and rounded:
+            columns |= _places_columns(places, geometries, rounding_key=rounding.keys)
         with _on(device):
             table = _table(device, columns, lengths)
             if not table.programs:
@@ -1320,12 +1357,15 @@ def accumulate_(
             addresses = table.gradients(group_grads)
             scales = _stacked(grad_scales, places, device)
             dtypes = _TL[group[0].dtype], _TL[group_grads[0].dtype]
-            if first_counts is None:
+            # the words of a whole tile have no room in the registers of the kernel that counts
+            rides = first_counts is not None and not rounded
+            if not rides:
+                rounding_seed, rounding_draw, _, _ = _drawn(rounding if rounded else None)
                 _accumulate_kernel[(table.programs,)](
-                    table.rows, table.owner, addresses, scales, *dtypes, _KINDS[kind].value,
-                    num_warps=WARPS, enable_fp_fusion=False,
+                    table.rows, table.owner, addresses, scales, rounding_seed, rounding_draw,
+                    *dtypes, _KINDS[kind].value, rounded, num_warps=WARPS, enable_fp_fusion=False,
                 )  # fmt: skip
-            else:
+            if first_counts is not None:
                 per_tensor = first_counts.shape[0] == len(statistics)
                 counts = first_counts
                 if per_tensor and len(places) < len(statistics):
@@ -1333,7 +1373,8 @@ def accumulate_(
                 _launch_histogram(
                     table, group, counts, torch.zeros(len(group), dtype=torch.int64, device=device), None,
                     shift=key_bits(group[0]) - FIRST_WIDTH, width=FIRST_WIDTH, per_tensor=per_tensor,
-                    absolute=absolute, grads=addresses, scales=scales, grad=dtypes[1], kind=kind,
+                    absolute=absolute, grads=addresses if rides else None, scales=scales if rides else None,
+                    grad=dtypes[1], kind=kind if rides else None,
                 )  # fmt: skip
                 if counts is not first_counts:
                     first_counts[places] += counts
@@ -1629,27 +1670,44 @@ def gather_(buffers: Sequence[Tensor], tensors: Sequence[Tensor], indices: Seque
         flat.write_back()
 
 
+@triton.jit
+def _sum_in_pairs(values):
+    """The sum of all lanes, a power of two of them, as a tree of pairs: an order that no layout of the values
+    over threads changes.
+    """
+    for level in tl.static_range(1, _LANE_BITS):
+        values = tl.sum(tl.reshape(values, [_LANES >> level, 2]), 1)
+    return tl.sum(values, 0)
+
+
 @triton.jit(do_not_specialize=["draw", "last_word", "any_word", "seed"])
 def _norm_kernel(
     table_ptr, owner_ptr, grads_ptr, sums_ptr, seed: tl.uint64, draw: tl.uint32, last_word: tl.uint32,
     any_word: tl.int32,
     GRAD: tl.constexpr, MASK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The sum of squares of one tile's selected entries, float64. With INDEX, of listed ones."""
+    """The sum of squares of one tile's selected entries, float64. With INDEX, a tile of the list. The order
+    of the additions is always the same: the four quarters of a lane, then the lanes.
+    """
     tile = tl.program_id(0)
     tensor = tl.load(owner_ptr + tile).to(tl.int64)
     row_ptr = table_ptr + tensor * _COLUMNS
     first_tile, numel = tl.load(row_ptr + _FIRST_TILE), tl.load(row_ptr + _NUMEL)
     mask_address, grad_address = tl.load(row_ptr + _MASK), tl.load(grads_ptr + tensor)
+    start = (tile - first_tile) * _TILE
+    squares = tl.zeros([_TILES, 256], tl.float64)
     if INDEX is not None:
-        offs = (tile - first_tile) * _LISTED + tl.arange(0, _LISTED)
-        in_range = offs < numel
-        index = tl.load(mask_address.to(tl.pointer_type(INDEX)) + offs, mask=in_range, other=0).to(tl.int64)
-        value = tl.load(grad_address.to(tl.pointer_type(GRAD)) + index, mask=in_range, other=0)
-        value = value.to(tl.float64)
-        tl.store(sums_ptr + tile, tl.sum(value * value, 0))
+        places = start + tl.arange(0, _TILES)[:, None] * 1024 + tl.arange(0, 256)[None, :]
+        for quarter in tl.static_range(4):
+            offs = places + quarter * 256
+            in_range = offs < numel
+            index = tl.load(mask_address.to(tl.pointer_type(INDEX)) + offs, mask=in_range, other=0)
+            value = tl.load(
+                grad_address.to(tl.pointer_type(GRAD)) + index.to(tl.int64), mask=in_range, other=0
+            )
+            value = value.to(tl.float64)
+            squares += value * value
     else:
-        start = (tile - first_tile) * _TILE
         offset, inner = tl.load(row_ptr + _OFFSET), tl.load(row_ptr + _INNER)
         stride, key = tl.load(row_ptr + _STRIDE), tl.load(row_ptr + _KEY).to(tl.uint32)
         seed, draw = tl.full([], seed, tl.uint64), tl.full([], draw, tl.uint32)
@@ -1664,7 +1722,6 @@ def _norm_kernel(
             if MASK == _SEEDED:
                 globals = _global_index(locals, numel, offset, inner, stride)
                 w0, w1, w2, w3 = _tile_words(globals, seed, draw, key)
-            squares = tl.zeros([_TILES, 256], tl.float64)
             for quarter in tl.static_range(4):
                 within = tl.arange(0, 256) + quarter * 256
                 offs = locals[:, None] + within[None, :]
@@ -1678,11 +1735,10 @@ def _norm_kernel(
                 elif MASK == _ONE_WORD:
                     value = tl.where(drawn, value, 0.0)
                 squares += value * value
-            tl.store(sums_ptr + tile, tl.sum(tl.sum(squares, 1), 0))
         else:
-            squares_block = tl.zeros([1024], tl.float64)
-            for block in range(_TILES):
-                offs = start + block * 1024 + tl.arange(0, 1024)
+            places = start + tl.arange(0, _TILES)[:, None] * 1024 + tl.arange(0, 256)[None, :]
+            for quarter in range(4):
+                offs = places + quarter * 256
                 in_range = offs < numel
                 value = tl.load(grad_address.to(tl.pointer_type(GRAD)) + offs, mask=in_range, other=0)
                 value = value.to(tl.float64)
@@ -1696,8 +1752,8 @@ def _norm_kernel(
                     value = tl.where((packed >> (offs % 8).to(tl.uint8)) & 1 != 0, value, 0.0)
                 elif MASK == _ONE_WORD:
                     value = tl.where(drawn, value, 0.0)
-                squares_block += value * value
-            tl.store(sums_ptr + tile, tl.sum(squares_block, 0))
+                squares += value * value
+    tl.store(sums_ptr + tile, _sum_in_pairs(squares))
 
 
 def norm(
@@ -1708,14 +1764,15 @@ def norm(
     bits: Sequence[Tensor] | None = None,
     seeded: Draws | None = None,
 ) -> Tensor:
-    """See reference.norm. One launch per device and combination of dtypes; tiles are added up in a fixed
-    order, so that the result does not change from run to run.
+    """See reference.norm. One launch per device and combination of dtypes; tiles are added up in the order of
+    the tensors, so that the result does not change from run to run.
     """
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
     masks = indices if indices is not None else bits if bits is not None else ()
     mask = _EVERYTHING if indices is not None or bits is None else _BITS
     if seeded is not None:
         mask = _ONE_WORD if seeded.one_word else _SEEDED
+    sums_of: dict[int, Tensor] = {}
     for places in _groups(grads, masks):
         flat = _Flat()
         group, chosen = (flat(_pick(c, places), written=False) for c in (grads, masks))
@@ -1723,7 +1780,7 @@ def norm(
         columns: dict[tl.constexpr, Any] = {_MASK: chosen} | _places_columns(places, geometries, key=key)
         lengths = [t.numel() for t in (group if indices is None else chosen)]
         with _on(device):
-            table = _table(device, columns, lengths, TILE if indices is None else LISTED)
+            table = _table(device, columns, lengths)
             if table.programs:
                 sums = torch.empty(table.programs, dtype=torch.float64, device=device)
                 _norm_kernel[(table.programs,)](
@@ -1732,9 +1789,13 @@ def norm(
                     MASK=mask.value,
                     INDEX=None if indices is None else _TL[chosen[0].dtype],
                     num_warps=WARPS,
+                    # squares of narrower gradients are exact in float64, fused or not
+                    enable_fp_fusion=group[0].dtype != torch.float64,
                 )  # fmt: skip
-                total += sums.sum().to(total.device)
-    return total
+                if len(places) == len(grads):
+                    return sums.sum()
+                sums_of |= zip(places, sums.to(total.device).split(table.tiles), strict=True)
+    return torch.cat([sums_of[i] for i in sorted(sums_of)]).sum() if sums_of else total
 
 
 @triton.jit
