@@ -31,6 +31,7 @@ class _Optimizer(Protocol):
 
     release_gradients: bool
     gradient_release: GradientRelease | None
+    param_groups: list[dict[str, Any]]
 
     def _name(self, param: Tensor) -> str: ...
 
@@ -40,6 +41,9 @@ class _Optimizer(Protocol):
 
     def _listed(self, param: Tensor) -> Tensor | None:
         """The entries that the coming step trains, where it trains a list."""
+
+    def _ignores(self, param: Tensor) -> bool:
+        """Whether the coming step has no use for the parameter's gradient."""
 
     def _fold(self, param: Tensor, grad: Tensor) -> bool:
         """Adds a gradient to the parameter's statistic, where that may be done before `step()`."""
@@ -52,7 +56,7 @@ class _Kept:
     release: GradientRelease
     param: weakref.ref[Tensor]
     name: str
-    clock: int  # of the step that it is for
+    stamp: tuple[int, int]  # of the step that it is for
     indices: Tensor | None = None  # [nnz]
     values: Tensor | None = None  # [nnz] float32, float64 for float64 parameters
     found_inf: Tensor | None = None  # 0-dim float32: 1 where an entry, selected or not, was not finite
@@ -77,6 +81,15 @@ class ReleasedGradient(Tensor):
         )
         made.kept = kept
         return made
+
+    @property
+    def data(self) -> Tensor:
+        """The gradient itself."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise _gone(self, "its data cannot be replaced; assign to the parameter's grad")
 
     # every operation arrives in __torch_dispatch__
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -130,7 +143,7 @@ def _gone(grad: ReleasedGradient, what: str) -> RuntimeError:
     )
     return RuntimeError(
         f"the gradient of {grad.kept.name!r} was released ({left}), so {what}; set release_gradients=False "
-        "to keep whole gradients, or call zero_grad() first."
+        "to keep whole gradients, or call zero_grad(set_to_none=True) first."
     )
 
 
@@ -145,12 +158,15 @@ def _needed_values(grad: ReleasedGradient, what: str) -> Tensor:
 aten = torch.ops.aten
 
 
-def _add(func: Any, left: Any, right: Any, alpha: float = 1) -> Tensor:
-    """Autograd's accumulation of one more gradient."""
-    grad, other = (left, right) if isinstance(left, ReleasedGradient) else (right, left)
+def _add(func: Any, grad: Tensor, other: Any, alpha: float = 1) -> Tensor:
+    """Autograd's accumulation of one more gradient, and what looks like it."""
     whole = isinstance(other, Tensor) and not isinstance(other, ReleasedGradient)
+    if not isinstance(grad, ReleasedGradient):
+        raise _gone(other, f"{func} cannot be computed")
     if not whole or other.shape != grad.shape or alpha != 1:
         raise _gone(grad, f"{func} cannot be computed")
+    if other.layout is not torch.strided:
+        raise _gone(grad, "no sparse gradient can be added to it")
     grad.kept.release._add(grad, other)
     return grad
 
@@ -166,33 +182,48 @@ def _zero(func: Any, grad: ReleasedGradient) -> Tensor:
     return grad
 
 
-def _scale(func: Any, grad: ReleasedGradient, *args: Any, **kwargs: Any) -> Tensor:
+def _scale(func: Any, grad: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """An operation in place on each entry."""
-    if any(isinstance(other, Tensor) and other.dim() for other in (*args, *kwargs.values())):
+    others = (*args, *kwargs.values())
+    if not isinstance(grad, ReleasedGradient):
+        raise _gone(next(x for x in others if isinstance(x, ReleasedGradient)), f"{func} cannot be computed")
+    if any(isinstance(other, Tensor) and other.dim() for other in others):
         raise _gone(grad, f"{func} cannot be computed with a tensor")
-    if not grad.kept.is_zero:
-        func(_needed_values(grad, f"{func} comes too late"), *args, **kwargs)
+    kept = grad.kept
+    # clipping that changes nothing
+    if kept.is_zero or (func in _BY_FACTOR and float(args[0]) == 1):
+        return grad
+    if kept.release.is_shared:
+        raise _gone(
+            grad, "ranks average it in step(), which clips with max_grad_norm=, and nothing before does"
+        )
+    func(_needed_values(grad, f"{func} comes too late"), *args, **kwargs)
     return grad
 
 
-def _norm(func: Any, grad: ReleasedGradient, *args: Any, **kwargs: Any) -> Tensor:
-    if grad.kept.release.is_shared:
-        raise _gone(
-            grad, "ranks average it in step(), which clips with max_grad_norm=, and it has no norm before"
-        )
-    values = grad.new_zeros(0) if grad.kept.is_zero else _needed_values(grad, "it has no norm")
+def _norm(
+    func: Any, grad: ReleasedGradient, order: float = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Tensor:
+    if dim or keepdim:
+        raise _gone(grad, "it has no norm but that of all its entries")
     warnings.warn(
-        "the norm of a released gradient is that of its selected entries; to clip by what is applied, give "
-        "the optimizer max_grad_norm= and clip nothing yourself.",
+        "the norm of a released gradient is that of its selected entries on this rank, and zero where all "
+        "of it "
+        "went into the statistic; to clip by what is applied, give the optimizer max_grad_norm= and clip "
+        "nothing yourself.",
         stacklevel=2,
     )
-    norm: Tensor = func(values, *args, **kwargs)
+    values = torch.zeros(1, device=grad.device) if grad.kept.values is None else grad.kept.values
+    norm: Tensor = func(values, order, **kwargs)
     return norm
 
 
 def _each(func: Any, grads: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
     """An operation on a list of tensors, of which some are released."""
     single = _SINGLE[func]
+    for other in _flattened([*args, *kwargs.values()]):
+        if isinstance(other, ReleasedGradient):
+            raise _gone(other, f"{func} cannot be computed")
     results = [
         _ACTIONS[single](single, grad, *args, **kwargs)
         if isinstance(grad, ReleasedGradient)
@@ -228,9 +259,9 @@ _SINGLE = {
     aten._foreach_mul_.Scalar: aten.mul_.Scalar,
     aten._foreach_zero_.default: aten.zero_.default,
 }
+_BY_FACTOR = (aten.mul_.Tensor, aten.mul_.Scalar)
 _ACTIONS: dict[Any, Callable[..., Any]] = {
     aten.add_.Tensor: _add,
-    aten.add.Tensor: _add,
     aten.detach.default: _itself,
     aten.alias.default: _itself,
     aten.zero_.default: _zero,
@@ -288,21 +319,40 @@ class GradientRelease:
     """
 
     def __init__(self, optimizer: _Optimizer) -> None:
-        self._optimizer = weakref.ref(optimizer)
         # by parameters, which hold their hooks and so this object
         self._hooks: Any = WeakIdKeyDictionary()
+        self._watched: Any = WeakIdKeyDictionary()
+        hooks, excluded = self._hooks, WeakIdKeyDictionary()
+
+        def orphaned(_: object) -> None:
+            # hooks of parameters that nobody else averages over ranks stay, and refuse gradients
+            for p in [p for p in hooks if p not in excluded]:
+                hooks.pop(p).remove()  # type: ignore[no-untyped-call]
+
+        self._optimizer = weakref.ref(optimizer, orphaned)
         self._paused = False
         self._scaler: Any = None
+        self._loads = 0
+        # the step for which a parameter's gradient was last folded
+        self._folded: Any = WeakIdKeyDictionary()
         # parameters whose gradients other ranks have not seen
-        self._arrived: set[Tensor] = set()
+        self._arrived: Any = WeakIdKeyDictionary()
         self._group: dist.ProcessGroup | None = None
-        self._excluded: list[Tensor] = []
+        self._excluded_params: Any = excluded
 
     @property
-    def clock(self) -> int:
-        """The steps that the optimizer has taken."""
+    def _excluded(self) -> list[Tensor]:
+        return list(self._excluded_params)
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """What tells the coming step from all others: how often state was loaded, and steps taken since."""
         optimizer = self._optimizer()
-        return -1 if optimizer is None else optimizer._number("clock")
+        return self._loads, -1 if optimizer is None else optimizer._number("clock")
+
+    def loaded(self) -> None:
+        """State was loaded: what was released before is of no use."""
+        self._loads += 1
 
     @property
     def has_scaler(self) -> bool:
@@ -312,6 +362,7 @@ class GradientRelease:
     def watch(self, params: Iterable[Tensor]) -> None:
         """Put hooks on these parameters, where they train, and take them off all others."""
         wanted = dict.fromkeys(params)
+        self._watched = WeakIdKeyDictionary(wanted)
         for p in [p for p in self._hooks if p not in wanted]:
             self._hooks.pop(p).remove()
         for p in wanted:
@@ -356,10 +407,19 @@ class GradientRelease:
     def _take(self, p: Tensor) -> None:
         """What happens to a gradient once autograd has added it to `p.grad`."""
         optimizer, grad = self._optimizer(), p.grad
-        if optimizer is None or grad is None:
+        if grad is None:
             return
-        if self._excluded:
-            self._arrived.add(p)
+        if optimizer is None:
+            if p in self._excluded_params:
+                raise RuntimeError(
+                    "a parameter that exclude_from_ddp() has excluded needs the optimizer that averages its "
+                    "gradient, got a backward pass after that optimizer was deleted; build model and "
+                    "optimizer "
+                    "anew."
+                )
+            return
+        if p in self._excluded_params:
+            self._arrived[p] = True
         if type(grad) is ReleasedGradient:
             if grad.kept.whole is not None:
                 p.grad = grad.kept.whole
@@ -372,13 +432,15 @@ class GradientRelease:
                 f"{optimizer._name(p)!r}; call backward() without create_graph=True."
             )
         kept = self._kept(p)
-        if self._release(p, kept, grad):
+        if optimizer._ignores(p):
+            p.grad = None
+        elif self._release(p, kept, grad):
             p.grad = ReleasedGradient(p, kept)
 
     def _kept(self, p: Tensor, indices: Tensor | None = None, values: Tensor | None = None) -> _Kept:
         optimizer = self._optimizer()
         assert optimizer is not None
-        return _Kept(self, weakref.ref(p), optimizer._name(p), self.clock, indices, values)
+        return _Kept(self, weakref.ref(p), optimizer._name(p), self.stamp, indices, values)
 
     def _release(self, p: Tensor, kept: _Kept, grad: Tensor) -> bool:
         """Take from the first gradient what will be needed; False where that is the whole of it."""
@@ -390,7 +452,22 @@ class GradientRelease:
             self._add_listed(kept, values, indices, grad)
             kept.indices, kept.values = indices, values
             return True
-        return not self._paused and optimizer._fold(p, grad)
+        if not self._paused and kept.stamp == self.stamp and self._folded.get(p) == self.stamp:
+            raise RuntimeError(
+                f"what a statistic has taken cannot be taken back, got another gradient of {kept.name!r} "
+                f"after "
+                "zero_grad() and before step(); call step() once after what has arrived, or load the last "
+                "checkpoint."
+            )
+        return self._fold(p, grad)
+
+    def _fold(self, p: Tensor, grad: Tensor) -> bool:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        if self._paused or not optimizer._fold(p, grad):
+            return False
+        self._folded[p] = self.stamp
+        return True
 
     def _add(self, grad: ReleasedGradient, other: Tensor) -> None:
         """Add a further gradient to one that was released."""
@@ -401,22 +478,31 @@ class GradientRelease:
             self._add_listed(kept, kept.values, kept.indices, other)
             return
         p = kept.param()
-        if p is None or not (kept.is_zero or kept.clock == self.clock):
+        if p is None or not (kept.is_zero or kept.stamp == self.stamp):
             raise _gone(grad, "nothing can be added to it after that step")
+        if not kept.is_zero:
+            if not self._fold(p, other):
+                raise _gone(grad, "nothing can be added to it any more")
+            return
+        kept.stamp = self.stamp
+        if optimizer._ignores(p):
+            return
         if self._release(p, kept, other):
-            kept.is_zero, kept.clock = False, self.clock
-        elif kept.is_zero:
-            kept.whole = other.clone()
+            kept.is_zero = False
         else:
-            raise _gone(grad, "nothing can be added to it any more")
+            kept.whole = other.clone()
 
     def _add_listed(self, kept: _Kept, values: Tensor, indices: Tensor, grad: Tensor) -> None:
         optimizer = self._optimizer()
         assert optimizer is not None
         backend = optimizer._backend(grad.device)
-        if self._scaler is not None:
-            # a sum of squares in float64 is finite if all entries are, and needs no copy of them
-            spoiled = backend.norm([grad]).isfinite().logical_not().to(torch.float32)
+        is_first = kept.values is None
+        # of a gradient whose first part was not checked nothing is known
+        if self._scaler is not None and (is_first or kept.found_inf is not None):
+            # a sum of squares in float64 is finite if all entries of fewer bits are, and needs no copy
+            wide = grad.dtype == torch.float64
+            finite = grad.isfinite().all() if wide else backend.norm([grad]).isfinite()
+            spoiled = finite.logical_not().to(torch.float32)
             kept.found_inf = spoiled if kept.found_inf is None else torch.maximum(kept.found_inf, spoiled)
         backend.gather_([values], [grad], [indices])
 
@@ -434,7 +520,7 @@ class GradientRelease:
                 kept.indices, kept.values = indices, torch.zeros_like(_empty_values(p, indices))
                 kept.is_zero = False
             elif not kept.is_zero and (
-                kept.indices is not indices or (indices is None and kept.clock != self.clock)
+                kept.indices is not indices or (indices is None and kept.stamp != self.stamp)
             ):
                 raise RuntimeError(
                     f"a gradient must be released for the step that uses it, got that of {kept.name!r}, "
@@ -453,25 +539,34 @@ class GradientRelease:
         While observing, gradients then stay whole until `step()`, since a step that is skipped must not
         count.
         """
-        if self._scaler is scaler:
+        if not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(
+                f"scaler must be a torch.amp.GradScaler, got {scaler!r}; pass the one that steps."
+            )
+        if self._scaler is scaler or not scaler.is_enabled():
             return
-        unscale = scaler._unscale_grads_
+        self._scaler = scaler
+        self._settle_before_unscaling()
+
+    def _settle_before_unscaling(self) -> None:
+        """Ranks have to agree on whether a step is skipped."""
+        if self._scaler is None or not self.is_shared:
+            return
+        unscale = self._scaler._unscale_grads_
 
         def settled(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            # ranks have to agree on whether a step is skipped
             if optimizer is self._optimizer():
                 self.settle()
             return unscale(optimizer, *args, **kwargs)
 
-        scaler._unscale_grads_ = settled  # type: ignore[method-assign]
-        self._scaler = scaler
+        self._scaler._unscale_grads_ = settled
 
     # several processes
 
     @property
     def is_shared(self) -> bool:
         """Whether the optimizer, not DistributedDataParallel, averages the gradients over ranks."""
-        return bool(self._excluded)
+        return len(self._excluded_params) > 0
 
     def exclude_from_ddp(self, model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
         """Let `DistributedDataParallel` leave the watched parameters alone; call it before wrapping the
@@ -482,11 +577,16 @@ class GradientRelease:
         once, before entries are selected: until then statistics differ from rank to rank, and a checkpoint of
         one rank is not that of all. Rank 0's weights are sent to all, as DDP does.
 
+        Where the optimizer masks everything that trains, DDP refuses to wrap the model: leave it unwrapped.
+        `join()` and subclasses that change gradients in hooks of their own are not supported. With three
+        ranks and more the sums may be rounded in another order than DDP's.
+
         Args:
             model: not yet wrapped. process_group: None for all ranks.
 
         Raises:
-            RuntimeError: without a process group. TypeError: for a model that is wrapped already.
+            RuntimeError: without a process group. TypeError: for a model that is wrapped already. ValueError:
+                for a model without parameters of this optimizer.
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
@@ -502,9 +602,8 @@ class GradientRelease:
         optimizer = self._optimizer()
         assert optimizer is not None
         pairs = list(model.named_parameters(remove_duplicate=False))
-        names = [name for name, p in pairs if p in self._hooks]
-        excluded: list[Tensor] = list(dict.fromkeys(p for _, p in pairs if p in self._hooks))
-        if not excluded:
+        names = [name for name, p in pairs if p in self._watched]
+        if not names:
             raise ValueError(
                 "model must have parameters of this optimizer, got none; pass the model whose parameters it "
                 "trains."
@@ -512,29 +611,47 @@ class GradientRelease:
         already = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
         ignored = [*already, *names]
         wrapper._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
-        self._excluded = excluded
+        for name, p in pairs:
+            if p in self._watched:
+                self._excluded_params[p] = name
         self._group = process_group
         first = 0 if process_group is None else dist.get_global_rank(process_group, 0)
-        for p in self._excluded:
-            dist.broadcast(p.detach(), first, group=process_group)
+        for excluded in self._excluded:
+            dist.broadcast(excluded.detach(), first, group=process_group)
+        self._settle_before_unscaling()
+        if not any(p.requires_grad and name not in ignored for name, p in pairs):
+            warnings.warn(
+                "every parameter that trains is excluded from DistributedDataParallel, which would refuse to "
+                "wrap the model; leave it unwrapped: step() averages the gradients.",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def settle(self) -> None:
         """Average over ranks what arrived since the last time. Every rank has to call it."""
         if not self._excluded:
             return
-        listed = self._present(lambda p: p in self._arrived and _is_listed(p.grad))
-        whole = self._present(
-            lambda p: p in self._arrived and not isinstance(p.grad, ReleasedGradient | None)
+        later = [p for p in self._watched if p not in self._excluded_params]
+        if later:
+            raise RuntimeError(
+                f"exclude_from_ddp() must know every masked parameter, got {self._label(later[0])} later; "
+                f"call it "
+                "after the last change of parameters, on a model that is not wrapped."
+            )
+        forms = [form_of(p.grad) if p in self._arrived else "none" for p in self._excluded]
+        listed, whole, folded = self._present(
+            [[form == name for form in forms] for name in ("listed", "whole", "folded")]
         )
         self._arrived.clear()
         both = [p for p in listed if p in set(whole)]
         if both:
             raise RuntimeError(
                 f"ranks must release the same gradients, got a whole one of {self._label(both[0])} on some; "
-                "do the same on every rank."
+                f"do "
+                "the same on every rank."
             )
-        for p in [p for p in listed if not _is_listed(p.grad)]:
+        self._check_lists(listed)
+        for p in [p for p in listed if form_of(p.grad) != "listed"]:
             # it has no gradient here, but elsewhere
             optimizer = self._optimizer()
             assert optimizer is not None
@@ -544,6 +661,8 @@ class GradientRelease:
             p.grad = ReleasedGradient(p, self._kept(p, indices, values))
         for p in [p for p in whole if p.grad is None or type(p.grad) is ReleasedGradient]:
             p.grad = torch.zeros_like(p)
+        for p in [p for p in folded if p.grad is None]:
+            p.grad = ReleasedGradient(p, self._kept(p))
         released = [p.grad.kept for p in listed if isinstance(p.grad, ReleasedGradient)]
         self._average([kept.values for kept in released if kept.values is not None])
         self._average([p.grad for p in whole if p.grad is not None])
@@ -555,6 +674,25 @@ class GradientRelease:
             for kept, flag in zip(released, flags, strict=True):
                 kept.found_inf = flag.clone()
 
+    def _check_lists(self, params: list[Tensor]) -> None:
+        """Refuse to average entries of different lists."""
+        if not params:
+            return
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        lists = [optimizer._listed(p) for p in params]
+        sizes = [-1 if indices is None else indices.numel() for indices in lists]
+        device = self._excluded[0].device
+        extremes = torch.tensor([sizes, [-size for size in sizes]], device=device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self._group)
+        for p, most, least in zip(params, *extremes.tolist(), strict=True):
+            if most != -least:
+                raise RuntimeError(
+                    f"ranks must select the same entries, got {-least} to {most} of {self._label(p)}; load "
+                    f"the "
+                    "same checkpoint on every rank, and exclude_from_ddp() before anything is observed."
+                )
+
     def share_statistics(
         self, states: Mapping[Tensor, Mapping[str, Any]], begin: Callable[[list[Tensor]], object]
     ) -> None:
@@ -563,7 +701,7 @@ class GradientRelease:
         Args:
             states: of the parameters. begin: makes a statistic of parameters that have none on this rank.
         """
-        begun = self._present(lambda p: "statistic" in states.get(p, {}))
+        (begun,) = self._present([["statistic" in states.get(p, {}) for p in self._excluded]])
         if not begun:
             return
         begin(begun)
@@ -574,12 +712,13 @@ class GradientRelease:
         for p, flag in zip(begun, flags.bool(), strict=True):
             states[p]["nonfinite"].copy_(flag)
 
-    def _present(self, holds: Callable[[Tensor], bool]) -> list[Tensor]:
-        """The parameters for which something holds on any rank."""
-        device = self._excluded[0].device
-        flags = torch.tensor([holds(p) for p in self._excluded], dtype=torch.int32, device=device)
+    def _present(self, columns: list[list[bool]]) -> list[list[Tensor]]:
+        """For each column, a flag for each excluded parameter: the parameters whose flag is set on any rank."""
+        flags = torch.tensor(columns, dtype=torch.int32, device=self._excluded[0].device)
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
-        return [p for p, flag in zip(self._excluded, flags.tolist(), strict=True) if flag]
+        return [
+            [p for p, flag in zip(self._excluded, column, strict=True) if flag] for column in flags.tolist()
+        ]
 
     def _average(self, tensors: Sequence[Tensor]) -> None:
         """As DistributedDataParallel does it: each rank's share first, then the sum."""
@@ -598,8 +737,11 @@ class GradientRelease:
         return repr(optimizer._name(p)) if optimizer is not None else "a parameter"
 
 
-def _is_listed(grad: Tensor | None) -> bool:
-    return isinstance(grad, ReleasedGradient) and grad.kept.values is not None
+def form_of(grad: Tensor | None) -> str:
+    """How a gradient is kept: "whole", as "listed" entries, "folded" into a statistic, or "none"."""
+    if type(grad) is not ReleasedGradient:
+        return "none" if grad is None else "whole"
+    return "folded" if grad.kept.values is None else "listed"
 
 
 def _empty_values(p: Tensor, indices: Tensor) -> Tensor:

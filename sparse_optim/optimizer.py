@@ -31,7 +31,7 @@ from .backends.reference import (
     unpack_bits,
     whole,
 )
-from .gradient_release import GradientRelease, ReleasedGradient, Waiting
+from .gradient_release import GradientRelease, ReleasedGradient, Waiting, form_of
 from .masks import EVERYTHING, NOTHING, Bits, Indexed, Mask, Seeded
 from .policies import Bernoulli, GradualUnfreezing, Policy, TopK, layer_of
 from .state import (
@@ -67,7 +67,7 @@ class _Bucket(NamedTuple):
     backend: ModuleType
     params: list[Tensor]
     grads: list[Tensor]
-    form: str  # of the gradients: "whole", "listed" entries of a selection, or "folded" into the statistic
+    form: str  # of the gradients, see `form_of`
     calls: dict[tuple[bool, int], list[_Call]]  # by what decides about masks; filled when first asked for
 
 
@@ -370,8 +370,15 @@ class MaskedAdamW(SurvivingOptimizer):
         self._follow_swapped_parameters()
         params = [p for known in self._known for p in known]
         grads: list[Any] = [p.grad for p in params]
+        for p, grad in zip(params, grads, strict=True):
+            if type(grad) is ReleasedGradient and grad.kept.release is not self.gradient_release:
+                raise RuntimeError(
+                    f"a gradient must be released for the optimizer that uses it, got that of "
+                    f"{self._name(p)!r}, "
+                    "released for another one; call gradient_release.remove() of the other optimizer first."
+                )
         kinds = [
-            None if grad is None else (_form(grad), p.dtype, p.device, grad.dtype, grad.layout)
+            None if grad is None else (form_of(grad), p.dtype, p.device, grad.dtype, grad.layout)
             for p, grad in zip(params, grads, strict=True)
         ]
         switches = [(group["masked"], group["amsgrad"]) for group in self.param_groups]
@@ -883,6 +890,10 @@ class MaskedAdamW(SurvivingOptimizer):
             self.gradient_release = GradientRelease(self)
         self.gradient_release.watch(self._masked_parameters())
 
+    def _ignores(self, param: Tensor) -> bool:
+        """Whether the coming step has no use for the parameter's gradient: it was not observed in time."""
+        return self._number("phase") % 2 == 1 and "indices" not in self.state.get(param, {})
+
     def _listed(self, param: Tensor) -> Tensor | None:
         """The entries that the coming step trains, where it trains a list."""
         if self._number("phase") % 2 == 0:
@@ -1186,6 +1197,8 @@ class MaskedAdamW(SurvivingOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As in `SurvivingOptimizer`; a copy releases gradients as the original does."""
         super().__setstate__(state)
+        if self.gradient_release is not None:
+            self.gradient_release.loaded()
         self._watch_gradients()
 
     def state_dict(self) -> dict[str, Any]:
@@ -1309,13 +1322,6 @@ class _Rounding:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
-
-
-def _form(grad: Tensor) -> str:
-    """How a gradient is kept, see `_Bucket`."""
-    if type(grad) is not ReleasedGradient:
-        return "whole"
-    return "folded" if grad.kept.values is None else "listed"
 
 
 def _moved(mask: Mask, device: torch.device) -> Mask:

@@ -377,6 +377,46 @@ def test_statistics_do_not_count_steps_that_a_scaler_skips():
     assert_same(train_scaled(True, policy=policy)[0], train_scaled(False, policy=policy)[0])
 
 
+def test_a_zeroed_gradient_is_checked_anew():
+    for release in (False, True):
+        model, optimizer = build(release=release)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        optimizer.attach_scaler(scaler)
+        scales = []
+        for step in range(8):
+            optimizer.zero_grad(set_to_none=False)
+            if step != 5:
+                scaler.scale(
+                    model(batch(step)).square().mean() * (float("inf") if step == 4 else 1)
+                ).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        assert scales == [4.0] * 4 + [2.0] * 4
+
+
+def test_a_scaler_is_attached_before_the_first_micro_batch():
+    model, optimizer = build()
+    train(model, optimizer, range(OBSERVED))
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer.zero_grad()
+    scaler.scale(model(batch(4)).square().mean()).backward()
+    optimizer.attach_scaler(scaler)
+    scaler.scale(model(batch(5)).square().mean()).backward()
+    with pytest.raises(RuntimeError, match=r"call optimizer\.attach_scaler\(scaler\) before training"):
+        scaler.step(optimizer)
+    with pytest.raises(TypeError, match=r"must be a torch\.amp\.GradScaler, got 3"):
+        optimizer.attach_scaler(3)
+
+
+def test_a_scaler_that_is_switched_off_changes_nothing():
+    policy = TopK(0.156, statistic=SignedGradient(), schedule=Schedule(observe=OBSERVED))
+    model, optimizer = build(policy)
+    optimizer.attach_scaler(torch.amp.GradScaler("cpu", enabled=False))
+    backward(model, 0)
+    assert type(model.first.weight.grad) is ReleasedGradient
+
+
 def test_a_scaler_that_is_not_attached_is_refused():
     with pytest.raises(RuntimeError, match=r"optimizer\.attach_scaler\(scaler\)"):
         train_scaled(True, attach=False)
@@ -469,6 +509,24 @@ def test_clipping_with_torch_warns_and_clips_what_is_applied(foreach):
     optimizer.step()
 
 
+def test_a_norm_that_is_only_logged_disturbs_nothing():
+    """As transformers.Trainer does it, while a statistic takes the gradients too."""
+    policy = TopK(0.156, statistic=SignedGradient(), schedule=Schedule(observe=2))
+    results = []
+    for logs in (False, True):
+        model, optimizer = build(policy)
+        for step in range(5):
+            optimizer.zero_grad()
+            backward(model, step)
+            if logs:
+                with pytest.warns(UserWarning, match="zero where all of it went into the statistic"):
+                    norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+                assert (norm == 0) == (step < 2)
+            optimizer.step()
+        results.append(everything(model, optimizer))
+    assert_same(results[1], results[0])
+
+
 def test_clipping_values_with_torch_is_that_of_whole_gradients():
     results = []
     for release in (False, True):
@@ -490,6 +548,14 @@ def test_clipping_values_with_torch_is_that_of_whole_gradients():
         lambda p: p.grad.mul_(torch.ones_like(p)),
         lambda p: torch.zeros_like(p).copy_(p.grad),
         lambda p: p.grad.to(torch.bfloat16),
+        lambda p: torch.zeros_like(p).add_(p.grad),
+        lambda p: torch.ones_like(p) + p.grad,
+        lambda p: torch.ones_like(p).mul_(p.grad),
+        lambda p: torch._foreach_mul_([torch.ones_like(p)], p.grad),
+        lambda p: p.data.add_(p.grad),
+        lambda p: setattr(p.grad, "data", torch.zeros_like(p)),
+        lambda p: p.grad.norm(dim=0),
+        lambda p: p.grad.add_(torch.zeros_like(p).to_sparse()),
     ],
 )
 def test_what_needs_the_other_entries_is_refused(use):
@@ -500,14 +566,139 @@ def test_what_needs_the_other_entries_is_refused(use):
         use(model.first.weight)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_a_graph_of_gradients_is_refused():
     model, optimizer = trained()
+    for first in (False, True):
+        if first:
+            optimizer.zero_grad()
+        with pytest.raises(
+            RuntimeError, match=r"without create_graph=True|gradient of 'second\.weight' was released"
+        ):
+            model(batch(1)).square().mean().backward(create_graph=True)
+
+
+def test_a_gradient_that_another_optimizer_released_is_refused():
+    model, first = trained()
+    second = MaskedAdamW(model.named_parameters(), policy=None)
+    weights = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"released for another one; call gradient_release\.remove\(\)"):
+        second.step()
+    assert all(map(torch.equal, weights, model.parameters()))
+    first.gradient_release.remove()
+    train(model, second, [8])
+
+
+def test_gradients_released_before_a_checkpoint_is_loaded_are_refused():
+    for statistic in (SquaredGradient(), SignedGradient()):
+        model, optimizer = build(TopK(0.156, statistic=statistic, schedule=Schedule(observe=2, train=2)))
+        for steps in (1, 3):
+            train(model, optimizer, range(steps))
+            optimizer.zero_grad()
+            saved = copy.deepcopy(optimizer.state_dict())
+            backward(model, steps)
+            optimizer.load_state_dict(saved)
+            if type(model.first.weight.grad) is ReleasedGradient:
+                with pytest.raises(RuntimeError, match=r"selected or loaded anew; call zero_grad\(\)"):
+                    optimizer.step()
+            optimizer.zero_grad()
+            train(model, optimizer, [steps])
+
+
+def test_entries_selected_anew_between_micro_batches_need_a_new_gradient():
+    model, optimizer = build(TopK(0.156))
+    backward(model, 0)
+    optimizer.observe()
+    optimizer.select()
     optimizer.zero_grad()
+    backward(model, 1)
+    kept = [p.grad for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = None
+    with optimizer.gradient_release.paused():
+        backward(model, 2)
+    optimizer.observe()
+    optimizer.select()
+    for p, grad in zip(model.parameters(), kept, strict=True):
+        p.grad = grad
+    with pytest.raises(RuntimeError, match="released before entries were selected or loaded anew"):
+        optimizer.step()
+
+
+def test_gradients_are_whole_only_while_release_is_paused():
+    policy = TopK(0.156, statistic=SignedGradient(), schedule=Schedule(observe=2))
+    model, optimizer = build(policy)
+    with optimizer.gradient_release.paused():
+        backward(model, 0)
+        assert type(model.first.weight.grad) is torch.Tensor
+    optimizer.zero_grad()
+    backward(model, 0)
+    assert type(model.first.weight.grad) is ReleasedGradient
     with (
-        pytest.raises(RuntimeError, match="without create_graph=True"),
-        pytest.warns(UserWarning, match="create_graph"),
+        optimizer.gradient_release.paused(),
+        pytest.raises(RuntimeError, match="nothing can be added to it any more"),
     ):
-        model(batch(1)).square().mean().backward(create_graph=True)
+        backward(model, 1)
+    optimizer.step()
+    train(model, optimizer, range(1, 4))
+    optimizer.zero_grad(set_to_none=False)
+    with optimizer.gradient_release.paused():
+        backward(model, 4)
+    assert type(model.first.weight.grad) is torch.Tensor
+
+
+def test_what_a_statistic_has_taken_cannot_be_taken_back():
+    """A backward pass that is made again would count twice."""
+    policy = TopK(0.156, statistic=SignedGradient(), schedule=Schedule(observe=3))
+    for set_to_none in (True, False):
+        model, optimizer = build(policy)
+        train(model, optimizer, [0])
+        optimizer.zero_grad()
+        backward(model, 1)
+        optimizer.zero_grad(set_to_none=set_to_none)
+        before = {name: value.clone() for name, value in everything(model, optimizer).items()}
+        with pytest.raises(RuntimeError, match=r"call step\(\) once after what has arrived"):
+            backward(model, 1)
+        assert_same(everything(model, optimizer), before)
+
+
+def test_sparse_gradients_are_refused_as_always():
+    embedding = nn.Embedding(30, 8, sparse=True)
+    optimizer = MaskedAdamW(embedding.parameters(), policy=POLICY, release_gradients=True)
+    embedding(torch.arange(4)).sum().backward()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+
+
+def test_a_parameter_that_was_not_observed_needs_no_gradient():
+    model, optimizer = build()
+    for step in range(5):
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        if step < OBSERVED:
+            model.first.bias.grad = None
+        optimizer.step()
+    assert model.first.bias.grad is None
+    assert not optimizer.mask(model.first.bias).any()
+
+
+def test_negative_zeros_keep_their_sign():
+    model, optimizer = trained()
+    kept = model.first.weight.grad.kept
+    optimizer.zero_grad()
+    (model.first.weight * -torch.zeros(40, 33)).sum().backward()
+    values = model.first.weight.grad.kept.values
+    assert values.shape == kept.values.shape
+    assert values.signbit().all() and not values.any()
+
+
+def test_hooks_of_an_optimizer_that_is_gone_are_taken_off():
+    model, optimizer = build()
+    for _ in range(3):
+        optimizer = MaskedAdamW(model.named_parameters(), policy=POLICY, release_gradients=True)
+    assert len(model.first.weight._post_accumulate_grad_hooks) == 1
+    del optimizer
+    assert not model.first.weight._post_accumulate_grad_hooks
 
 
 def test_gradients_of_an_earlier_selection_are_refused():
@@ -527,7 +718,7 @@ def test_a_folded_gradient_takes_no_more_after_its_step():
     model, optimizer = build(policy)
     train(model, optimizer, range(1))
     assert "added to the statistic" in repr(model.first.weight.grad)
-    with pytest.raises(RuntimeError, match=r"after that step.* call zero_grad\(\) first"):
+    with pytest.raises(RuntimeError, match=r"after that step.* call zero_grad\(set_to_none=True\) first"):
         backward(model, 1)
     with pytest.raises(RuntimeError, match=r"call zero_grad\(\) after every step\(\)"):
         optimizer.step()

@@ -142,19 +142,25 @@ RELEASED = {
     "squares": {"statistic": SquaredGradient()},
     "one layer unused on one rank": {"statistic": SquaredGradient(), "unused": True},
     "a scaler": {"statistic": SquaredGradient(), "scaler": True},
+    "an infinity that is not selected": {"statistic": SquaredGradient(), "scaler": True, "elsewhere": True},
+    "tied weights": {"statistic": SquaredGradient(), "tied": True},
     "signed": {"statistic": SignedGradient()},
 }
 
 
-def train_released(rank, release, *, statistic, unused=False, scaler=False):
+def train_released(rank, release, *, statistic, unused=False, scaler=False, elsewhere=False, tied=False):
     """Three micro-batches a step; hashes of the weights, the selected entries, and the bytes of each step."""
     torch.manual_seed(rank)
     model = Half()
-    # rank 0's weights count
-    torch.manual_seed(rank + 10)
+    if tied:
+        model.second.bias = model.first.bias
+    # DDP may have been told before what to leave alone, a buffer say
+    model.register_buffer("steps", torch.zeros(1))
+    ddp = nn.parallel.DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(model, ["steps"])
     optimizer = MaskedAdamW(
         [
-            {"params": [*model.first.named_parameters("first"), *model.second.named_parameters("second")]},
+            {"params": [(name, p) for name, p in model.named_parameters() if not name.startswith("head")]},
             {"params": list(model.head.named_parameters("head")), "masked": False},
         ],
         lr=0.02,
@@ -178,7 +184,12 @@ def train_released(rank, release, *, statistic, unused=False, scaler=False):
                 use_second = not (unused and rank == 1 and number > 4)
                 loss = parallel(x, use_second).square().mean()
                 if scaler and rank == 1 and number in (1, 5):
-                    loss = loss * float("inf")
+                    if elsewhere:
+                        chosen = optimizer.mask(model.first.weight).flatten()
+                        where = int((~chosen).nonzero()[0])
+                        loss = loss + (model.first.weight.view(-1)[where] * 3e38) * 3e38
+                    else:
+                        loss = loss * float("inf")
                 scale.scale(loss / 3).backward()
         with counted() as elements:
             scale.step(optimizer)
@@ -239,6 +250,64 @@ def refused_without_exclusion():
     return texts
 
 
+def unwrapped(rank):
+    """Everything is masked, so that DDP would refuse the model: it stays as it is."""
+    torch.manual_seed(0)
+    model, seen = Half(), []
+    policy = TopK(0.2, statistic=SignedGradient(), schedule=Schedule(observe=2, train=2))
+    optimizer = MaskedAdamW(model.named_parameters(), lr=0.02, policy=policy, release_gradients=True)
+    model.second.weight.requires_grad_(False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.gradient_release.exclude_from_ddp(model)
+    seen.append([str(warning.message) for warning in caught])
+    try:
+        optimizer.gradient_release.remove()
+    except RuntimeError as error:
+        seen.append(str(error))
+    generator = torch.Generator().manual_seed(1000 + rank)
+    hashes = []
+    for number in range(10):
+        if number != 7:
+            # later than the exclusion, and in one step no gradient is there anywhere, nor is one dropped
+            optimizer.zero_grad()
+            model.second.weight.requires_grad_(True)
+            # in one step on one rank only, in another with a value on one rank that is no number
+            if number not in (1, 5) or rank == 0:
+                loss = model(torch.randn(4, 24, generator=generator)).square().mean()
+                (loss * (float("nan") if number == 0 and rank == 0 else 1)).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        hashes.append([digest(model.parameters()), len(caught)])
+    seen.append(hashes)
+    optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(3)))]})
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        seen.append(str(error))
+    return seen
+
+
+def lists_that_differ(rank):
+    torch.manual_seed(0)
+    model = Half()
+    optimizer = MaskedAdamW(model.named_parameters(), policy=TopK(0.2 + 0.1 * rank), release_gradients=True)
+    model(torch.ones(2, 24)).square().mean().backward()
+    optimizer.observe()
+    optimizer.select()
+    optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.gradient_release.exclude_from_ddp(model)
+    model(torch.ones(2, 24)).square().mean().backward()
+    with pytest.raises(RuntimeError) as averaged:
+        optimizer.step()
+    with pytest.raises(RuntimeError) as clipped:
+        nn.utils.clip_grad_value_([model.first.weight], 1.0, foreach=False)
+    return [str(averaged.value), str(clipped.value)]
+
+
 def work(rank, folder):
     """What one process does."""
     warnings.simplefilter("error")
@@ -261,6 +330,8 @@ def work(rank, folder):
             for name, case in RELEASED.items()
         }
         seen["refused"] = refused_without_exclusion()
+        seen["unwrapped"] = unwrapped(rank)
+        seen["lists"] = lists_that_differ(rank)
         with open(f"{folder}/rank_{rank}.json", "w") as file:
             json.dump(seen, file)
     finally:
@@ -343,3 +414,22 @@ def test_gradients_that_ddp_would_reduce_are_not_released(ranks):
     for wrapped, reduced in (rank["refused"] for rank in ranks):
         assert "got a DistributedDataParallel; call exclude_from_ddp(model) and then" in wrapped
         assert "optimizer.gradient_release.exclude_from_ddp(model) before the model is wrapped" in reduced
+
+
+def test_a_model_whose_weights_are_all_excluded_stays_unwrapped(ranks):
+    first, second = (rank["unwrapped"] for rank in ranks)
+    for warned, removed, hashes, later in (first, second):
+        assert len(warned) == 1 and "leave it unwrapped: step() averages the gradients" in warned[0]
+        assert "remove() must come before exclude_from_ddp()" in removed
+        assert "must know every masked parameter, got 'more' later" in later
+        # four of the ten steps train
+        assert len({weights for weights, _ in hashes}) == 5
+    # the second step selects, and every rank hears of the value that was no number on one
+    assert first[2] == second[2]
+    assert [count for _, count in first[2]][:3] == [0, 1, 0]
+
+
+def test_ranks_that_hold_other_lists_are_told(ranks):
+    for averaged, clipped in (rank["lists"] for rank in ranks):
+        assert "ranks must select the same entries, got" in averaged
+        assert "ranks average it in step(), which clips with max_grad_norm=" in clipped
