@@ -713,7 +713,7 @@ class GradientRelease:
             states[p]["nonfinite"].copy_(flag)
 
     def _present(self, columns: list[list[bool]]) -> list[list[Tensor]]:
-        """For each column, a flag for each excluded parameter: the parameters whose flag is set on any rank."""
+        """The parameters whose flag is set on any rank, for each column of flags of excluded parameters."""
         flags = torch.tensor(columns, dtype=torch.int32, device=self._excluded[0].device)
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
         return [

@@ -434,3 +434,33 @@ def test_any_update_is_that_of_the_reference(part):
         close = {"rtol": max(coarsest, 2e-5), "atol": 2e-2 if coarsest > 1e-6 else 2e-5, "equal_nan": True}
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, w, **close, msg=lambda t, s=seed: f"{s}: {t}")
+
+
+@needs_compiler
+@pytest.mark.parametrize("geometry", [(7, 1024, 2048), (0, 1536, 2048), (0, 1024, 1031), (1024, 2048, 3072)])
+def test_rows_that_cut_tiles_of_random_words_are_drawn_entry_by_entry(geometry):
+    """Long enough for full tiles, aligned, and each in one way only: offset, length or distance of rows."""
+    n = 3 * 4096
+    draws = Draws(seed=5, draw=6, threshold=2**31, keys=[7], one_word=False)
+    results = []
+    for backend in (emulated.load(), reference):
+        param, grad = torch.zeros(n), torch.ones(n)
+        moments, step = [torch.zeros(n) for _ in range(2)], torch.zeros(())
+        backend.adamw_(
+            [param],
+            [grad],
+            moments[:1],
+            moments[1:],
+            [],
+            [step],
+            **HYPER,
+            seeded=draws,
+            geometries=[geometry],
+        )
+        statistic = torch.ones(n, dtype=torch.bfloat16)
+        backend.accumulate_(
+            [statistic], [grad * 2**-9], [torch.tensor(False)],
+            kind="signed", rounding=draws, geometries=[geometry],
+        )  # fmt: skip
+        results.append([param != 0, statistic.float()])
+    assert_equal(*results)
