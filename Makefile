@@ -68,7 +68,7 @@ demo: setup
 	$(VENV) -m benchmarks.demo $(ARGS)
 
 bench: setup
-	@$(call measure,$(VENV))
+	@$(call measure,$(VENV),large)
 
 lint: setup
 	$(VENV) -m ruff check
@@ -82,7 +82,7 @@ lint: setup
 
 # all that is measured, one after the other, whatever becomes of the others
 measure = status=0; \
-	for script in step topk scaling memory; do \
+	for script in step topk scaling memory $(2); do \
 		echo "== $(strip $(1)) -m benchmarks.$$script $(ARGS)"; \
 		$(1) -m benchmarks.$$script $(ARGS) || status=1; \
 	done; \

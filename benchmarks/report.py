@@ -147,6 +147,22 @@ def _by_dtype(rows: Sequence[CsvRow]) -> list[CsvRow]:
     return sorted(rows, key=lambda row: order.index(row["dtype"]))
 
 
+def large_table(rows: Sequence[CsvRow]) -> str:
+    """A whole model in training: what its process grew by, in bytes per weight, and how fast it was."""
+    lines = [
+        [
+            row["row"],
+            _number(row["peak"]) if row["peak"] else "-",
+            _number(f"{float(row['ideal_bytes']) / float(row['parameters'])}"),
+            _times(row) if row["ms"] else "-",
+            row["note"],
+        ]
+        for row in rows
+    ]
+    head = ["", "bytes per weight", "without activations", "ms a step (20 - 80 %)", "in all"]
+    return table(head, lines, numbers=range(1, 4))
+
+
 def size_table(rows: Sequence[CsvRow]) -> str:
     """Nanoseconds per entry, a column for each size."""
     sizes = sorted({int(row["parameters"]) for row in rows})
@@ -209,6 +225,9 @@ def render(rows: Sequence[CsvRow]) -> str:
             if script == "memory":
                 parts.append(f"**{question}**, {entries:,} weights")
                 parts.append(memory_table(same))
+            elif script == "large":
+                parts.append(f"**{question}**, {entries:,} weights")
+                parts.append(large_table(same))
             elif (script, question) == ("scaling", SIZES):
                 parts.append(f"**cost by size**, up to {entries:,} entries")
                 parts.append(size_table(same))

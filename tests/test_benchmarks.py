@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gates, harness, memory, operands, peers, report, scaling, step, topk
-from sparse_optim import Bernoulli, Schedule, SignedGradient, SquaredGradient, TopK, backends
+from benchmarks import gates, harness, large, memory, operands, peers, report, scaling, step, topk
+from sparse_optim import Bernoulli, Schedule, SignedGradient, SquaredGradient, TopK, backends, estimate_memory
 from sparse_optim.backends import reference
 
 CPU = torch.device("cpu")
@@ -695,6 +695,47 @@ def scaling_records() -> list[harness.Record]:
         record(scaling.SIZES, "MaskedAdamW policy=None, native", 10_000, 0.03, backend="native"),
         record(scaling.SIZES, "MaskedAdamW policy=None, native", 1_000_000, None, backend="native"),
     ]
+
+
+def test_a_large_model_becomes_a_table(tmp_path: Path) -> None:
+    place = {"device": "cpu", "machine": "here", "threads": 2}
+    records = [
+        harness.Record(
+            "large", large.QUESTIONS[0], "TopK", 1000, "bfloat16", ideal_bytes=4100.0, ms=30.0, ms_20=29.0,
+            ms_80=31.0, peak=4.2, note="0.1 GiB, 9 tokens per second", **place,
+        ),
+        harness.Record(
+            "large", large.QUESTIONS[0], "AdamW", 1000, "bfloat16", ideal_bytes=8000.0, note="failed", **place
+        ),
+    ]  # fmt: skip
+    path = tmp_path / "tiny.csv"
+    harness.write_csv(records, path)
+    text = report.readme_text([harness.read_csv(path)])
+    assert "| TopK | 4.2 | 4.1 | 30 (29 - 31) | 0.1 GiB, 9 tokens per second |" in text
+    assert "| AdamW | - | 8 | - | failed |" in text
+
+
+def test_the_largest_model_is_as_deep_as_its_budget_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    options = harness.parse("", ["--device", "cpu", "--backend", "reference", "--rows", "none"])
+    monkeypatch.setattr(large, "shapes", lambda options: (128, 344, 1_000))
+    monkeypatch.setattr(large, "budget", lambda device: 6e6)
+    shape = large.fitting(options)
+    deeper = large.Shape(128, shape.layers + 1, 344, 1_000)
+    peaks = [
+        estimate_memory(s.config(), dtype=torch.bfloat16, **large.SETTINGS).peak for s in (shape, deeper)
+    ]
+    assert peaks[0] <= 6e6 < peaks[1]
+    assert shape.layers > 1
+
+
+def test_a_large_model_is_trained_in_a_process_of_its_own() -> None:
+    pytest.importorskip("transformers")
+    options = harness.parse("", ["--device", "cpu", "--quick"])
+    row = next(row for row in large.ROWS if row.startswith("TopK"))
+    record = large.measured(row, large.Shape(64, 1, 64, 100), options)
+    assert record.ms and record.peak and "tokens per second" in record.note
+    assert "wrong" not in record.note
 
 
 def test_scaling_becomes_a_table_of_threads_and_one_of_sizes(tmp_path: Path) -> None:
