@@ -6,6 +6,9 @@
 #pragma once
 
 #include <ucontext.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <csetjmp>
 #include <cstdint>
@@ -150,6 +153,10 @@ class Block {
             _longjmp(thread.place, 1);
         }
         thread.started = true;
+#ifdef __SANITIZE_ADDRESS__
+        // a kernel that went no further has left its frames there
+        __asan_unpoison_memory_region(thread.stack.get(), Thread::kStackBytes);
+#endif
         ucontext_t context;
         getcontext(&context);
         context.uc_stack.ss_sp = thread.stack.get();

@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from test_backends import (
     BF16,
     F32,
@@ -36,6 +34,9 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 missing = backends.why_not("triton", DEVICE)
 if missing:
     pytest.skip(f"the Triton backend cannot run here: {missing}", allow_module_level=True)
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 
 from sparse_optim.backends import triton_kernels  # noqa: E402
 
