@@ -335,6 +335,8 @@ def balance(step: Callable[[], object], device: torch.device) -> tuple[int, int,
     """The bytes that are held after a call and were not before, the most that were held meanwhile, and what
     the call returns.
     """
+    # what others have left is not to be freed meanwhile
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -386,8 +386,6 @@ def _balance(step: Callable[[], object], device: torch.device) -> tuple[int, int
         step()
         gc.collect()
 
-    # what others have left is not to be freed meanwhile
-    gc.collect()
     kept, most, _ = balance(collected, device)
     return kept, most
 
