@@ -31,7 +31,6 @@ class _Optimizer(Protocol):
 
     release_gradients: bool
     gradient_release: GradientRelease | None
-    param_groups: list[dict[str, Any]]
 
     def _name(self, param: Tensor) -> str: ...
 
@@ -207,9 +206,8 @@ def _norm(
     if dim or keepdim:
         raise _gone(grad, "it has no norm but that of all its entries")
     warnings.warn(
-        "the norm of a released gradient is that of its selected entries on this rank, and zero where all "
-        "of it "
-        "went into the statistic; to clip by what is applied, give the optimizer max_grad_norm= and clip "
+        "the norm of a released gradient is that of its selected entries on this rank, and zero where all of "
+        "it went into the statistic; to clip by what is applied, give the optimizer max_grad_norm= and clip "
         "nothing yourself.",
         stacklevel=2,
     )
@@ -245,9 +243,8 @@ def _unscale(func: Any, grads: Sequence[Tensor], found_inf: Tensor, inv_scale: T
         if kept.found_inf is None:
             raise RuntimeError(
                 f"GradScaler must be known before gradients are released, got that of {kept.name!r}, of "
-                f"which "
-                "only selected entries were checked; call optimizer.attach_scaler(scaler) before training, "
-                "or use bfloat16 without a scaler."
+                "which only selected entries were checked; call optimizer.attach_scaler(scaler) before "
+                "training, or use bfloat16 without a scaler."
             )
         func([_needed_values(grad, "it cannot be unscaled")], found_inf, inv_scale)
         found_inf.copy_(torch.maximum(found_inf, kept.found_inf.to(found_inf.device)))
@@ -525,8 +522,7 @@ class GradientRelease:
                 raise RuntimeError(
                     f"a gradient must be released for the step that uses it, got that of {kept.name!r}, "
                     "released before entries were selected or loaded anew; call zero_grad() after every "
-                    "step() "
-                    "and select()."
+                    "step() and select()."
                 )
 
     def dropped(self, p: Tensor) -> None:
@@ -635,8 +631,7 @@ class GradientRelease:
         if later:
             raise RuntimeError(
                 f"exclude_from_ddp() must know every masked parameter, got {self._label(later[0])} later; "
-                f"call it "
-                "after the last change of parameters, on a model that is not wrapped."
+                "call it after the last change of parameters, on a model that is not wrapped."
             )
         forms = [form_of(p.grad) if p in self._arrived else "none" for p in self._excluded]
         listed, whole, folded = self._present(
@@ -647,8 +642,7 @@ class GradientRelease:
         if both:
             raise RuntimeError(
                 f"ranks must release the same gradients, got a whole one of {self._label(both[0])} on some; "
-                f"do "
-                "the same on every rank."
+                "do the same on every rank."
             )
         self._check_lists(listed)
         for p in [p for p in listed if form_of(p.grad) != "listed"]:
@@ -689,8 +683,7 @@ class GradientRelease:
             if most != -least:
                 raise RuntimeError(
                     f"ranks must select the same entries, got {-least} to {most} of {self._label(p)}; load "
-                    f"the "
-                    "same checkpoint on every rank, and exclude_from_ddp() before anything is observed."
+                    "the same checkpoint on every rank, and exclude_from_ddp() before anything is observed."
                 )
 
     def share_statistics(

@@ -112,9 +112,8 @@ class MaskedAdamW(SurvivingOptimizer):
             parameter, as torch does.
         stochastic_rounding: round bfloat16 parameters with parameter-shaped moments stochastically.
         release_gradients: keep of each gradient the selected entries only, as soon as the backward pass has
-            made
-            it: 4 bytes per selected entry instead of one dense gradient per parameter. For a `TopK` policy
-            with compact moments. `optimizer.gradient_release` is the handle; `p.grad` then is a
+            made it: 4 bytes per selected entry instead of one dense gradient per parameter. For a `TopK`
+            policy with compact moments. `optimizer.gradient_release` is the handle; `p.grad` then is a
             `ReleasedGradient`.
         max_grad_norm: scale the gradients down so that the norm of the *selected* entries is at most this.
         observe_unit: "step": a statistic sees the gradient that `step()` sees, the sum over micro-batches.
@@ -219,8 +218,7 @@ class MaskedAdamW(SurvivingOptimizer):
         if state_dtype not in (None, torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(
                 f"state_dtype must be torch.float64, float32, bfloat16 or None, got {state_dtype!r}; "
-                f"squares of "
-                "gradients vanish in dtypes with fewer exponents."
+                "squares of gradients vanish in dtypes with fewer exponents."
             )
         if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
             raise ValueError(
@@ -283,13 +281,12 @@ class MaskedAdamW(SurvivingOptimizer):
             raise ValueError(
                 "observe_unit must be 'step', or 'microbatch' with release_gradients=True, got "
                 f"{self.observe_unit!r}; without release, observe each micro-batch with "
-                f"Schedule(observe=None)."
+                "Schedule(observe=None)."
             )
         if self.statistic_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(
-                f"statistic_dtype must be torch.float32, torch.bfloat16 or None, got "
-                f"{self.statistic_dtype!r}; "
-                "torch.bfloat16 is the smallest."
+                "statistic_dtype must be torch.float32, torch.bfloat16 or None, got "
+                f"{self.statistic_dtype!r}; torch.bfloat16 is the smallest."
             )
         if self.statistic_device is not None and self.statistic_device.type != "cpu":
             raise ValueError(
@@ -300,8 +297,7 @@ class MaskedAdamW(SurvivingOptimizer):
         if bounded and (policy is None or not policy.statistic.is_its_own_score):
             raise ValueError(
                 "statistic_dtype and statistic_device need a TopK policy whose score is its statistic, such "
-                "as "
-                f"SquaredGradient() or SignedGradient(), got policy={self.policy!r}; leave them None."
+                f"as SquaredGradient() or SignedGradient(), got policy={self.policy!r}; leave them None."
             )
 
     # the step
@@ -373,9 +369,9 @@ class MaskedAdamW(SurvivingOptimizer):
         for p, grad in zip(params, grads, strict=True):
             if type(grad) is ReleasedGradient and grad.kept.release is not self.gradient_release:
                 raise RuntimeError(
-                    f"a gradient must be released for the optimizer that uses it, got that of "
-                    f"{self._name(p)!r}, "
-                    "released for another one; call gradient_release.remove() of the other optimizer first."
+                    "a gradient must be released for the optimizer that uses it, got that of "
+                    f"{self._name(p)!r}, released for another one; call "
+                    "gradient_release.remove() of the other optimizer first."
                 )
         kinds = [
             None if grad is None else (form_of(grad), p.dtype, p.device, grad.dtype, grad.layout)
