@@ -440,7 +440,8 @@ struct Draws {
                         "; count draws from 0.");
         STD_TORCH_CHECK(numbers[2] >= 0 && numbers[2] <= int64_t{1} << 32, name,
                         ".threshold must be in [0, 2**32], got ", numbers[2], "; pass floor(keep * 2**32).");
-        rule = {static_cast<uint64_t>(numbers[0]), static_cast<uint32_t>(numbers[1]),
+        rule = {static_cast<uint64_t>(numbers[0]),
+                {static_cast<uint32_t>(numbers[1])},
                 static_cast<uint64_t>(numbers[2])};
         one_word = numbers[3] != 0;
         for (size_t i = 4; i < numbers.size(); ++i) {
@@ -456,11 +457,29 @@ struct Draws {
     std::vector<uint32_t> keys;
 };
 
+// Lets a clock that is given number a draw: now where it is on the host, else in the kernels.
+void count_by(const Place& place, const MaybeTensor& clock, DrawNumber& draw) {
+    if (clock) {
+        place.check("clock", *clock);
+        check_type("clock", *clock, ScalarType::Long, "int64");
+        check_numel("clock", clock->numel(), 1);
+        draw.clock = static_cast<const int64_t*>(clock->const_data_ptr());
+        if (kOnHost) {
+            draw = {draw};
+        }
+    }
+}
+
 // Which entries are selected, for all tensors of a call.
 struct Selection {
-    Selection(const Tensors& bits_of_all, const Numbers& seeded, size_t count)
+    Selection(const Place& place, const Tensors& bits_of_all, const Numbers& seeded, const MaybeTensor& clock,
+              size_t count)
         : bits(bits_of_all), draws("seeded", seeded, count) {
         check_optional_length("bits", bits.size(), count);
+        // the word for a whole tensor is looked at here, so that Python has read the clock for it
+        if (!draws.one_word) {
+            count_by(place, clock, draws.rule.draw);
+        }
     }
 
     Mask mask(Arrays& arrays, size_t i, int64_t numel, const Geometry& geometry) const {
@@ -573,7 +592,8 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
             bool maximize, MaybeTensor lr_tensor, MaybeTensor beta1_tensor, MaybeTensor beta2_tensor,
             MaybeTensor grad_scale, MaybeTensor found_inf, Numbers geometries, Tensors bits, Numbers seeded,
             Tensors scores, Tensors cuts, std::string unselected, double rescale, Numbers rounding,
-            Tensors statistics, Tensors nonfinite, std::string kind, Tensors statistic_scales) {
+            MaybeTensor clock, Tensors statistics, Tensors nonfinite, std::string kind,
+            Tensors statistic_scales) {
     const size_t count = params.size();
     check_length("grads", length(grads), count);
     check_length("exp_avgs", length(exp_avgs), count);
@@ -589,8 +609,9 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
     if (!statistics.empty()) {
         check_length("nonfinite", nonfinite.size(), count);
     }
-    const Selection selection(bits, seeded, count);
-    const Draws rounds("rounding", rounding, count);
+    const Selection selection(arrays.place, bits, seeded, clock, count);
+    Draws rounds("rounding", rounding, count);
+    count_by(arrays.place, clock, rounds.rule.draw);
     const AllNumbers numbers(arrays.place, lr, beta1, beta2, eps, weight_decay, maximize, lr_tensor,
                              beta1_tensor, beta2_tensor, grad_scale, found_inf);
 
@@ -903,12 +924,13 @@ void gather_(Tensors buffers, Tensors tensors, Tensors indices) {
     check_indices_were_inside(call.bad_index);
 }
 
-Tensor norm(Tensors grads, Tensors indices, Numbers geometries, Tensors bits, Numbers seeded) {
+Tensor norm(Tensors grads, Tensors indices, Numbers geometries, Tensors bits, Numbers seeded,
+            MaybeTensor clock) {
     const size_t count = grads.size();
     check_optional_length("indices", length(indices), count);
     check_geometries(geometries, count);
-    const Selection selection(bits, seeded, count);
     Arrays arrays(grads);
+    const Selection selection(arrays.place, bits, seeded, clock, count);
     NormCall call;
     call.stream = arrays.place.stream();
     call.indexed = !indices.empty();
@@ -1002,13 +1024,14 @@ namespace {
 template <typename Library>
 void define_verbs(Library& library) {
     // an empty list stands for an argument that is not given; seeded and rounding are seed, draw, threshold,
-    // one_word and the keys, cuts are keys and last_ties; a number given as a tensor stays on its device
+    // one_word and the keys, the number of both draws on top is in `clock`; cuts are keys and last_ties; a
+    // number given as a tensor stays on its device
     library.def(
         "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
         "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, float lr, float beta1, float beta2, float eps, "
         "float weight_decay, bool maximize, Tensor? lr_tensor, Tensor? beta1_tensor, Tensor? beta2_tensor, "
         "Tensor? grad_scale, Tensor? found_inf, int[] geometries, Tensor[] bits, int[] seeded, "
-        "Tensor[] scores, Tensor[] cuts, str unselected, float rescale, int[] rounding, "
+        "Tensor[] scores, Tensor[] cuts, str unselected, float rescale, int[] rounding, Tensor? clock, "
         "Tensor(f!)[] statistics, Tensor(g!)[] nonfinite, str kind, Tensor[] statistic_scales) -> ()");
     library.def(
         "adamw_indexed_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
@@ -1027,8 +1050,9 @@ void define_verbs(Library& library) {
         "compact(Tensor[] scores, Tensor[] cuts, bool as_bits, bool absolute, int[] geometries) -> Tensor[]");
     library.def("gather_(Tensor(a!)[] buffers, Tensor[] tensors, Tensor[] indices) -> ()");
     library.def(
-        "norm(Tensor[] grads, Tensor[] indices, int[] geometries, Tensor[] bits, int[] seeded) -> Tensor");
-    library.def("apply_delta_(Tensor(a!)[] params, Tensor[] indices, Tensor[] values, str mode) -> ()");
+        "norm(Tensor[] grads, Tensor[] indices, int[] geometries, Tensor[] bits, int[] seeded, "
+        "Tensor? clock) -> Tensor");
+    library.def("apply_delta_(Tensor(a!)[] params, Tensor[] indices, Tensor[] values, str operation) -> ()");
 }
 
 template <typename Library>

@@ -56,10 +56,20 @@ struct Mask {
     Cut cut;
 };
 
+// The number of a draw. Where it is counted on the device, its low bits are read there.
+struct DrawNumber {
+    uint32_t number = 0;
+    const int64_t* clock = nullptr;
+
+    SPARSE_OPTIM_HOST_DEVICE operator uint32_t() const {
+        return clock == nullptr ? number : number | static_cast<uint32_t>(*clock & 0x0FFFFFFF);
+    }
+};
+
 // What the masks of a call share when they are drawn.
 struct SeededRule {
     uint64_t seed = 0;
-    uint32_t draw = 0;
+    DrawNumber draw;
     uint64_t threshold = 0;
 };
 
@@ -125,7 +135,7 @@ struct DenseCall {
     SeededRule seeded;
     bool rounds = false;
     uint64_t rounding_seed = 0;
-    uint32_t rounding_draw = 0;
+    DrawNumber rounding_draw;
     Kind kind = Kind::kSquares;
 };
 

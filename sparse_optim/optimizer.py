@@ -7,10 +7,11 @@ exp_avg_sq
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, overload
 
@@ -124,8 +125,11 @@ class MaskedAdamW(SurvivingOptimizer):
         statistic_device: "cpu" keeps statistics in the host's memory, and selects there; None: where the
             parameter is.
         foreach, fused: for compatibility. `foreach` and `fused=False` run the reference backend, `fused=True`
-            demands an accelerated one.
-        capturable: not available yet.
+            demands an accelerated one, counts steps on the device, and takes what a `GradScaler` finds there
+            without waiting for it.
+        capturable: count everything on the device, so that a CUDA graph can capture steps. Within one phase
+            only: dense, `Bernoulli` with `every=1`, or a `TopK` whose schedule has observed for the last
+            time; random masks are drawn anew at each replay.
         differentiable: run the reference backend under autograd.
 
     Raises:
@@ -168,10 +172,13 @@ class MaskedAdamW(SurvivingOptimizer):
         "statistic_device",
     )
     gradient_release: GradientRelease | None = None
+    # whether devices may have counted what the host has not
+    _replayed: bool = False
     _waiting: Waiting | None = None
     _depths: dict[str, int] | None = None
     _keys_checked: bool = False
     _plan: _Plan | None = None
+    _in_graphs: int = -1
 
     def __init__(
         self,
@@ -234,8 +241,6 @@ class MaskedAdamW(SurvivingOptimizer):
                 f"unselected must be 'frozen' under GradualUnfreezing, got {unselected!r}; its layers start "
                 "untouched."
             )
-        if capturable:
-            raise NotImplementedError("capturable=True is not available in this version; leave it False.")
         self.policy = policy
         self.unselected = unselected
         self.backend = backend
@@ -264,8 +269,10 @@ class MaskedAdamW(SurvivingOptimizer):
             **dict.fromkeys(CLOCK, 0),
             "seed": seed,
         }
+        self._clocks = {}
         super().__init__(params, defaults)
         self._watch_gradients()
+        self._enter_graphs()
 
     def _check_memory_options(self, differentiable: bool) -> None:
         policy = self._selecting_policy
@@ -314,6 +321,8 @@ class MaskedAdamW(SurvivingOptimizer):
         Args:
             closure: reevaluates the model and returns the loss, which `step` then returns.
         """
+        if torch.compiler.is_compiling():
+            return self._step_in_graph(closure)
         # refuses a graph that captures a step which counts on the host; the name depends on torch's version
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
@@ -325,6 +334,45 @@ class MaskedAdamW(SurvivingOptimizer):
             self._step()
         return loss
 
+    def _step_in_graph(self, closure: Callable[[], float] | None) -> float | None:
+        """What torch.compile sees of a step: one operator, which takes this very step when it runs.
+
+        So nothing that changes from step to step is compiled in, a learning rate for one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        places = [i for i, p in enumerate(self._once) if p.grad is not None]
+        params = [self._once[i] for i in places]
+        with torch.no_grad():
+            torch.ops.sparse_optim.step_(params, [p.grad for p in params], places, self._in_graphs)
+        return loss
+
+    @torch.no_grad()
+    def _step_on(self, values: list[Tensor], grads: list[Tensor], places: list[int]) -> None:
+        """A step on the parameters at these places, whose values and gradients are in a compiled graph."""
+        self._follow_swapped_parameters()
+        params = [self._once[i] for i in places]
+        kept = [p.grad for p in self._once]
+        try:
+            for p in self._once:
+                p.grad = None
+            for p, value, grad in zip(params, values, grads, strict=True):
+                p.grad = grad
+                if value.data_ptr() != p.data_ptr():
+                    # the graph works on a copy, and stores it in the parameter at its end
+                    p.copy_(value)
+            self._step()
+            for p, value in zip(params, values, strict=True):
+                if value.data_ptr() != p.data_ptr():
+                    value.copy_(p)
+            # what schedulers look at, whose wrapper of `step` a compiled one goes around
+            self._opt_called = True
+        finally:
+            for p, former in zip(self._once, kept, strict=True):
+                p.grad = former
+
     def _step(self) -> None:
         self._finish_waiting()
         if self.gradient_release is not None:
@@ -332,9 +380,17 @@ class MaskedAdamW(SurvivingOptimizer):
             self.gradient_release.settle()
             self.gradient_release.check()
         buckets = self._buckets()
+        if buckets and self._is_capturing:
+            self._check_capture(buckets)
         if not buckets or self._is_only_for_show(buckets):
             return
         self._require_new_epoch()
+        found_inf = self._unscale(buckets)
+        if found_inf is not None and not self._repeats:
+            # what comes next depends on whether this step counts
+            if found_inf.item():
+                return
+            found_inf = None
         policy, selected, spoiled = self._selecting_policy, None, ""
         observing = policy is not None and self._number("phase") % 2 == 0
         if policy is not None and observing and policy.schedule.observe is None:
@@ -352,12 +408,62 @@ class MaskedAdamW(SurvivingOptimizer):
                 self._accumulate(masked)
         if not observing or self._trains_while_observing:
             accumulating = observing and selected is None and self._accumulates_in_update
-            self._update(buckets, observing, accumulating=accumulating)
+            self._update(buckets, observing, found_inf, accumulating=accumulating)
         if selected is not None:
             self._apply_selection(selected)
-        self._advance()
+        self._advance(found_inf)
         if spoiled:
             warnings.warn(spoiled, stacklevel=4)
+
+    def _unscale(self, buckets: list[_Bucket]) -> Tensor | None:
+        """Divide gradients by the scale of a `GradScaler` that leaves it to us, as its `unscale_` does.
+
+        Returns what it found: 0-dim, not zero where the step must not count.
+        """
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if scale is not None:
+            factor = scale.double().reciprocal().float()
+            for bucket in buckets:
+                device = bucket.params[0].device
+                ignored = torch.zeros((), device=device)
+                torch._amp_foreach_non_finite_check_and_unscale_(
+                    bucket.grads, ignored, factor.to(device, non_blocking=True)
+                )
+        return found_inf
+
+    @property
+    def _is_capturing(self) -> bool:
+        return (
+            self._counts_there and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        )
+
+    def _check_capture(self, buckets: list[_Bucket]) -> None:
+        """Refuse to capture what a replay would not repeat."""
+        if not self._repeats:
+            raise RuntimeError(
+                "a captured step must be of a phase that stays (dense, Bernoulli with every=1, or TopK after "
+                f"the last selection), got {self._masking()} in phase {self._number('phase')}; step outside "
+                "of the capture until then."
+            )
+        if self.gradient_release is not None:
+            raise RuntimeError(
+                "a captured step needs whole gradients, got release_gradients=True; call "
+                "optimizer.gradient_release.remove() before the capture."
+            )
+        for bucket in buckets:
+            fresh = [p for p in bucket.params if not self.state.get(p)]
+            if fresh or bucket.params[0].device not in self._clocks:
+                raise RuntimeError(
+                    f"a captured step needs state that is there, got none for "
+                    f"{self._name((fresh or bucket.params)[0])!r}; call step() at least once before the "
+                    "capture."
+                )
+            if bucket.backend is backends.reference:
+                raise RuntimeError(
+                    "a captured step needs a backend that leaves its numbers on the device, got the "
+                    "reference; leave foreach, fused and backend as they are by default."
+                )
 
     def _buckets(self) -> list[_Bucket]:
         """Parameters with gradients, by group, device and dtype. Refuses what cannot be stepped before any
@@ -602,7 +708,21 @@ class MaskedAdamW(SurvivingOptimizer):
                 f"{len(spoiled)} of {len(observed)} observed parameters had non-finite gradient entries, "
                 f"which counted as zero; the first is {self._name(spoiled[0])!r}."
             )
-        return {p: _moved(mask, p.device) for p, mask in zip(observed, masks, strict=True)}, warning
+        selected = {p: _moved(mask, p.device) for p, mask in zip(observed, masks, strict=True)}
+        warning = warning or self._idle_group(selected)
+        return selected, warning
+
+    def _idle_group(self, selected: Mapping[Tensor, Mask]) -> str:
+        """What there is to say of a group in which nothing was selected."""
+        for number, group in enumerate(self.param_groups):
+            masks = [(p, selected[p]) for p in group["params"] if p in selected]
+            if masks and not any(_selects(mask) for _, mask in masks):
+                return (
+                    f"nothing was selected in parameter group {number} ({len(masks)} parameters, "
+                    f"{self._name(masks[0][0])!r} the first), which does not train now; raise density, or "
+                    "give the group masked=False to train it densely."
+                )
+        return ""
 
     def _apply_selection(self, masks: Mapping[Tensor, Mask]) -> None:
         """Store new masks, carry compact state over to them, and drop the statistics.
@@ -653,10 +773,14 @@ class MaskedAdamW(SurvivingOptimizer):
             for p, keys, values in zip(here, compact, carried, strict=True):
                 new[p].update(zip(keys, values, strict=True))
 
-    def _update(self, buckets: list[_Bucket], observing: bool, *, accumulating: bool) -> None:
+    def _update(
+        self, buckets: list[_Bucket], observing: bool, found_inf: Tensor | None, *, accumulating: bool
+    ) -> None:
         """mask --adamw_--> p, exp_avg, exp_avg_sq: one call per bucket and kind of mask. `accumulating`, the
         same calls do p.grad --accumulate_--> statistic.
         """
+        if self._counts_there and self._repeats:
+            self._start_clocks(bucket.params[0].device for bucket in buckets)
         verbs = [
             self._verb(bucket, call, states, accumulating and bucket.group["masked"])
             for bucket in buckets
@@ -664,7 +788,7 @@ class MaskedAdamW(SurvivingOptimizer):
         ]
         grad_scale = self._clip([norm for _, norm in verbs]) if self.max_grad_norm is not None else None
         for update, _ in verbs:
-            update(grad_scale)
+            update(grad_scale, found_inf)
 
     def _calls(self, bucket: _Bucket, observing: bool) -> list[tuple[_Call, list[dict[str, Any]]]]:
         """A bucket by kinds of masks, with the states of its parameters, which have what an update needs."""
@@ -701,7 +825,7 @@ class MaskedAdamW(SurvivingOptimizer):
 
     def _verb(
         self, bucket: _Bucket, call: _Call, states: list[dict[str, Any]], accumulating: bool
-    ) -> tuple[Callable[[Tensor | None], None], Callable[[], Tensor]]:
+    ) -> tuple[Callable[[Tensor | None, Tensor | None], None], Callable[[], Tensor]]:
         """One call that updates, and the squared norm of the gradients that it applies."""
         group, backend, params = bucket.group, bucket.backend, call.params
         grads = [bucket.grads[i] for i in call.places]
@@ -729,26 +853,31 @@ class MaskedAdamW(SurvivingOptimizer):
         if call.kind is Indexed:
             indices, listed = column("indices"), bucket.form == "listed"
 
-            def update_indexed(grad_scale: Tensor | None) -> None:
+            def update_indexed(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
                 backend.adamw_indexed_(
                     params, grads, indices, *moments, column("master"), column("age"), column("step"),
-                    **hyper, grad_scale=grad_scale, compact_grads=listed,
+                    **hyper, grad_scale=_moved_to(params[0], grad_scale), compact_grads=listed,
+                    found_inf=_moved_to(params[0], found_inf),
                 )  # fmt: skip
 
             return update_indexed, lambda: backend.norm(grads, indices=None if listed else indices)
         selection: dict[str, Any] = {}
         observation: dict[str, Any] = {}
         rescale, rounding = 1.0, None
+        # numbers that the device counts
+        clock = self._clocks.get(params[0].device) if self._repeats else None
         if call.kind is Bits:
             selection = {"bits": column("bits")}
         elif call.kind is Seeded:
             assert isinstance(self.policy, Bernoulli)
-            mask = self.policy.mask(self._number("seed"), self._draw(), 0)
-            selection = {"seeded": _draws(mask, call.mask_keys)}
+            draw = self._draw() if clock is None else 0
+            mask = self.policy.mask(self._number("seed"), draw, 0)
+            selection = {"seeded": _draws(mask, call.mask_keys)._replace(clock=clock)}
             rescale = 1 / self.policy.keep if self.policy.rescale else 1.0
         if call.rounding_keys:
-            draw = purpose_draw(WEIGHT_ROUNDING_DRAWS, self._number("clock"))
-            rounding = Draws(self._number("seed"), draw, 0, call.rounding_keys)
+            number = self._number("clock") if clock is None else 0
+            draw = purpose_draw(WEIGHT_ROUNDING_DRAWS, number)
+            rounding = Draws(self._number("seed"), draw, 0, call.rounding_keys, clock=clock)
         if accumulating:
             assert isinstance(self.policy, TopK)
             statistic = self.policy.statistic
@@ -760,10 +889,11 @@ class MaskedAdamW(SurvivingOptimizer):
                 "statistic_scales": statistic.grad_scales(grads),
             }
 
-        def update(grad_scale: Tensor | None) -> None:
+        def update(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
             backend.adamw_(
                 params, grads, *moments, column("step"), **hyper, **selection, **observation,
-                grad_scale=grad_scale, unselected=self.unselected, rescale=rescale, rounding=rounding,
+                grad_scale=_moved_to(params[0], grad_scale), unselected=self.unselected, rescale=rescale,
+                rounding=rounding, found_inf=_moved_to(params[0], found_inf),
             )  # fmt: skip
 
         return update, lambda: backend.norm(grads, **selection) * rescale**2
@@ -798,7 +928,9 @@ class MaskedAdamW(SurvivingOptimizer):
         """The parameter's state, with everything that an update under this mask needs."""
         state: dict[str, Any] = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0, dtype=step_dtype(), device="cpu")
+            # torch's fused steps are float32, whatever the default
+            dtype = torch.float32 if self.defaults["fused"] else step_dtype()
+            state["step"] = torch.zeros((), dtype=dtype, device=self._home("step", p))
         if self._uses_keys:
             # kept, so that a later renaming of parameters changes nothing
             state.setdefault("key", self._tensor_key(p))
@@ -828,12 +960,55 @@ class MaskedAdamW(SurvivingOptimizer):
             return self.policy.draw(self._number("clock"), self._number("epoch"))
         return self._number("draw")
 
-    def _advance(self) -> None:
-        """Count one applied step."""
+    def _start_clocks(self, devices: Iterable[torch.device]) -> None:
+        """Have the clock counted on these devices too."""
+        for device in devices:
+            if device not in self._clocks:
+                self._read_clocks()
+                self._clocks[device] = torch.tensor(self._number("clock"), device=device)
+
+    def _read_clocks(self) -> None:
+        """Count on the host what devices have counted without it, in graphs and by what a scaler found."""
+        if self._replayed and self._clocks:
+            clock = int(next(iter(self._clocks.values())))
+            self._set_numbers(clock=clock)
+            if isinstance(self.policy, Bernoulli) and clock:
+                self._set_numbers(draw=self.policy.draw(clock - 1, self._number("epoch")))
+
+    def _advance(self, found_inf: Tensor | None) -> None:
+        """Count one applied step; none where an infinity was found, which only the device knows."""
+        for counted in self._clocks.values():
+            counted.add_(1 if found_inf is None else found_inf.to(counted.device) == 0)
+        if self._is_capturing or found_inf is not None:
+            self._replayed = True
+        if self._is_capturing:
+            return
         draw, clock, phase = self._draw(), self._number("clock") + 1, self._number("phase")
         if isinstance(self.policy, TopK) and self.policy.schedule.observe is not None:
             phase = self.policy.schedule.phase(clock)
         self._set_numbers(clock=clock, draw=draw, phase=phase)
+
+    @property
+    def _counts_there(self) -> bool:
+        """Whether steps are counted where the parameters are."""
+        return bool(self.defaults["capturable"] or self.defaults["fused"])
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves to `step()` what it found; torch's name, which it looks for."""
+        return self._counts_there and self.gradient_release is None
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether the host decides nothing any more: all steps to come do the same on the device."""
+        policy = self.policy
+        if policy is None or policy.trains_everything:
+            return True
+        if isinstance(policy, Bernoulli):
+            return policy.every == 1
+        return (
+            isinstance(policy, TopK) and policy.schedule.train is None and self._number("phase") % 2 == 1
+        )
 
     @property
     def _selecting_policy(self) -> TopK | None:
@@ -876,6 +1051,14 @@ class MaskedAdamW(SurvivingOptimizer):
     def _compact(self) -> bool:
         """Whether moments are kept for selected entries only."""
         return self.unselected == "frozen" and not self._trains_while_observing
+
+    # compiled graphs
+
+    def _enter_graphs(self) -> None:
+        """Have a number of its own, by which graphs find this optimizer."""
+        if _IN_GRAPHS.get(self._in_graphs) is not self:
+            self._in_graphs = next(_numbers)
+            _IN_GRAPHS[self._in_graphs] = self
 
     # gradients that are released
 
@@ -941,18 +1124,30 @@ class MaskedAdamW(SurvivingOptimizer):
     # observing and looking
 
     @torch.no_grad()
-    def observe(self) -> None:
+    def observe(self, *, grad_scale: float | Tensor | None = None) -> None:
         """Add the gradients that the parameters hold now to the statistic of an explicit schedule.
 
         Call it after a backward pass, and `zero_grad()` after it. The next `step()`, or `select()`, then
         selects.
 
+        Args:
+            grad_scale: what the loss was multiplied with, `scaler.get_scale()` for a `GradScaler` that has
+                not unscaled; the statistic sees gradients divided by it, in float32. Entries that the scale
+                made infinite count as zero, and are warned of at the selection.
+
         Raises:
-            RuntimeError: unless the policy is a `TopK` with `Schedule(observe=None)`.
+            RuntimeError: unless the policy is a `TopK` with `Schedule(observe=None)`. ValueError: for a scale
+                that is not positive.
         """
         self._require_explicit("observe")
+        if grad_scale is not None and not 0 < float(grad_scale) < float("inf"):
+            raise ValueError(
+                f"grad_scale must be positive and finite, got {float(grad_scale)!r}; pass "
+                "scaler.get_scale()."
+            )
         if self._selecting_policy is None:
             return
+        self._read_clocks()
         if self.gradient_release is not None:
             self.gradient_release.settle()
         buckets = [bucket for bucket in self._buckets() if bucket.group["masked"]]
@@ -968,7 +1163,14 @@ class MaskedAdamW(SurvivingOptimizer):
                 "observe() needs the gradient of a masked parameter, got none; call it after backward(), "
                 "before zero_grad()."
             )
-        self._accumulate(buckets)
+        if grad_scale is None:
+            self._accumulate(buckets)
+        else:
+            # one copy of one gradient at a time
+            for bucket in buckets:
+                for p, grad in zip(bucket.params, bucket.grads, strict=True):
+                    self._add_up([p], [grad.to(torch.float32) * (1 / float(grad_scale))])
+            self._finish_waiting()
         phase = self._number("phase")
         self._set_numbers(phase=phase + phase % 2)
 
@@ -983,6 +1185,7 @@ class MaskedAdamW(SurvivingOptimizer):
         """
         self._require_explicit("select")
         self._follow_swapped_parameters()
+        self._read_clocks()
         if self._selecting_policy is None:
             return
         selected, spoiled = self._selection(self._observed())
@@ -1131,6 +1334,7 @@ class MaskedAdamW(SurvivingOptimizer):
             ValueError: for a tensor that is not a parameter of this optimizer.
         """
         self._follow_swapped_parameters()
+        self._read_clocks()
         group = next((g for g in self.param_groups if any(param is p for p in g["params"])), None)
         if group is None:
             got = f"a tensor of shape {tuple(param.shape)}" if isinstance(param, Tensor) else repr(param)
@@ -1196,17 +1400,26 @@ class MaskedAdamW(SurvivingOptimizer):
         if self.gradient_release is not None:
             self.gradient_release.loaded()
         self._watch_gradients()
+        self._enter_graphs()
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; every tensor has the dtype that it has while training."""
         self._finish_waiting()
+        self._read_clocks()
         return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As in `SurvivingOptimizer`, with what devices have counted."""
+        self._read_clocks()
+        return super().__getstate__()
 
     def _finish_waiting(self) -> None:
         if self._waiting is not None:
             self._waiting.finish()
 
     def _home(self, key: str, p: Tensor) -> torch.device:
+        if key == "step" and not self._counts_there:
+            return torch.device("cpu")
         own = key in ("statistic", "nonfinite") and self.statistic_device is not None
         return self.statistic_device if own and self.statistic_device is not None else p.device
 
@@ -1309,6 +1522,25 @@ class MaskedAdamW(SurvivingOptimizer):
             )
 
 
+_IN_GRAPHS: weakref.WeakValueDictionary[int, MaskedAdamW] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _step_of(params: list[Tensor], grads: list[Tensor], places: list[int], optimizer: int) -> None:
+    _IN_GRAPHS[optimizer]._step_on(params, grads, places)
+
+
+# it decides on the host what to do, so that no graph may be replayed without asking it
+_UNSAFE = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+# kept: its operators end with it
+_LIBRARY: Any = torch.library.Library("sparse_optim", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int optimizer) -> ()", tags=_UNSAFE
+)
+_LIBRARY.impl("step_", _step_of, "CompositeExplicitAutograd")
+torch.library.register_fake("sparse_optim::step_", lambda *arguments: None, lib=_LIBRARY)
+
+
 class _Rounding:
     """A backend that rounds statistics stochastically."""
 
@@ -1318,6 +1550,18 @@ class _Rounding:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
+
+
+def _moved_to(param: Tensor, number: Tensor | None) -> Tensor | None:
+    """A 0-dim tensor where a parameter is."""
+    return None if number is None else number.to(param.device, non_blocking=True)
+
+
+def _selects(mask: Mask) -> bool:
+    """Whether a selection has left anything."""
+    if isinstance(mask, Indexed):
+        return mask.indices.numel() > 0
+    return bool(mask.bits.any()) if isinstance(mask, Bits) else mask is EVERYTHING
 
 
 def _moved(mask: Mask, device: torch.device) -> Mask:

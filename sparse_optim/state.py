@@ -53,8 +53,11 @@ class SurvivingOptimizer(Optimizer):
     # attributes that the constructor sets, and that copies and pickles keep
     _configuration: ClassVar[tuple[str, ...]] = ()
     _loading: dict[str, Any] | None = None
+    # the clock on each device where steps are counted without the host, 0-dim int64
+    _clocks: dict[torch.device, Tensor]
     _names: dict[Tensor, str] | None = None
     _known: list[list[Tensor]]
+    _once: list[Tensor]  # every parameter, in order
 
     @abstractmethod
     def _masking(self) -> str:
@@ -131,6 +134,7 @@ class SurvivingOptimizer(Optimizer):
 
     def _remember_parameters(self) -> None:
         self._known = [list(group["params"]) for group in self.param_groups]
+        self._once = list(dict.fromkeys(p for known in self._known for p in known))
         self._names = None
 
     def _follow_swapped_parameters(self) -> None:
@@ -142,6 +146,7 @@ class SurvivingOptimizer(Optimizer):
             return
         present = {p for group in self.param_groups for p in group["params"]}
         before = {p for known in self._known for p in known}
+        self._refuse_partitions(before)
         swaps = [
             (old, new)
             # groups may have come or gone by hand, as torch allows
@@ -161,7 +166,7 @@ class SurvivingOptimizer(Optimizer):
         for old, new in swaps:
             state = self.state.pop(old)
             for key, value in state.items():
-                if isinstance(value, Tensor) and key != "step":
+                if isinstance(value, Tensor):
                     state[key] = value.to(self._home(key, new))
             if new.dtype != old.dtype:
                 # the new object's values are what somebody made of the old one's
@@ -169,6 +174,22 @@ class SurvivingOptimizer(Optimizer):
             match_dtype(new, state)
             self.state[new] = state
         self._remember_parameters()
+
+    def _refuse_partitions(self, before: set[Tensor]) -> None:
+        """DeepSpeed's ZeRO puts one flat tensor in the place of a group's parameters, or of a rank's share of
+        them: nothing says any more which entry is which.
+        """
+        if "deepspeed" not in sys.modules:
+            return
+        for known, group in zip(self._known, self.param_groups, strict=False):
+            new = [p for p in group["params"] if p not in before]
+            flat = bool(new) and len(new) == len(group["params"]) and all(p.dim() == 1 for p in new)
+            if flat and known and [p.shape for p in known] != [p.shape for p in new]:
+                raise RuntimeError(
+                    f"parameters must keep their shapes and names, got {len(new)} flat partition(s) for "
+                    f"{len(known)} parameters, as DeepSpeed's ZeRO makes them; use its stage 0, "
+                    "DistributedDataParallel, or release_gradients=True to save memory."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; every tensor has the dtype that it has while training."""
@@ -235,21 +256,24 @@ class SurvivingOptimizer(Optimizer):
                 group.update(switches[i])
         if self._loading is not None:
             self._restore_dtypes(self._loading)
-        for p_state in self.state.values():
+        for p, p_state in self.state.items():
             if isinstance(p_state, dict) and p_state and not isinstance(p_state["step"], Tensor):
-                p_state["step"] = torch.tensor(float(p_state["step"]), dtype=step_dtype(), device="cpu")
+                home = self._home("step", p)
+                p_state["step"] = torch.tensor(float(p_state["step"]), dtype=step_dtype(), device=home)
+        for clock in self.__dict__.setdefault("_clocks", {}).values():
+            # in place: a captured graph goes on from what was loaded
+            clock.fill_(self._number("clock"))
         self._remember_parameters()
 
     def _restore_dtypes(self, final: dict[str, Any]) -> None:
         for p, state in self._saved_states(final):
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    self.state[p][key] = value.to("cpu" if key == "step" else self._home(key, p))
+                    self.state[p][key] = value.to(self._home(key, p))
 
     def _home(self, key: str, p: Tensor) -> torch.device:
         """Where an entry of a parameter's state lies."""
-        del key
-        return p.device
+        return torch.device("cpu") if key == "step" else p.device
 
     def _saved_states(self, final: dict[str, Any]) -> list[tuple[Tensor, Any]]:
         """Every parameter with its saved state; a wrong number of them is refused by torch, in its own

@@ -35,7 +35,8 @@ def adamw(param=F32, state=F32, mask=EVERYTHING, unselected=0, **changed):
     pointers = dict(GRADS)
     constants = {
         "numbers_ptr": None, "grad_scale_ptr": None, "found_inf_ptr": None, "statistic_scales_ptr": None,
-        "PARAM": param, "GRAD": param, "EXP_AVG": state, "EXP_AVG_SQ": state, "MAX_EXP_AVG_SQ": state,
+        "clock_ptr": None, "PARAM": param, "GRAD": param, "EXP_AVG": state, "EXP_AVG_SQ": state,
+        "MAX_EXP_AVG_SQ": state,
         "STATISTIC": F32, "SCORE": I32 if mask == SCORES else tl.uint8,
         "ARITHMETIC": F64 if param == F64 else F32, "MASK": mask, "UNSELECTED": unselected,
         "RESCALED": False, "AMSGRAD": False, "ROUNDED": False, "KIND": None, "NUMBERS": False,
@@ -81,7 +82,8 @@ def accumulate(statistic, grad, kind=0, rounded=False):
 
 
 def norm(mask=EVERYTHING, index=None):
-    return kernels._norm_kernel, GRADS | {"sums_ptr": "*fp64"}, {"GRAD": F32, "MASK": mask, "INDEX": index}, 4
+    constants = {"clock_ptr": None, "GRAD": F32, "MASK": mask, "INDEX": index}
+    return kernels._norm_kernel, GRADS | {"sums_ptr": "*fp64"}, constants, 4
 
 
 VARIANTS = {

@@ -1451,6 +1451,34 @@ SEEDED_GEOMETRIES = [
 ]
 
 
+@pytest.mark.parametrize("one_word", named(entries=False, whole_tensors=True))
+def test_a_draw_that_a_clock_counts_is_that_of_its_number(backend, one_word):
+    lengths, number = (4096, 1000, 33, 1), (1 << 28) + 77  # beyond what a draw can hold: it begins anew
+    keys, rng = [3, 4, 5, 2**32 - 1], np.random.default_rng(3)
+    grads = [torch.from_numpy(rng.standard_normal(n)).float() for n in lengths]
+    clock = torch.tensor(number)
+
+    def run(counted, number):
+        def draws(purpose, one_word):
+            base = Draws(9, purpose_draw(purpose, 0 if counted else number), 2**31, keys, one_word)
+            return base._replace(clock=clock) if counted else base
+
+        params = [torch.linspace(-1, 1, n).to(BF16) for n in lengths]
+        state = [[torch.zeros(n) for n in lengths] for _ in range(2)]
+        seeded = draws(MASK_DRAWS, one_word)
+        steps = [torch.tensor(0.0) for _ in lengths]
+        backend.adamw_(
+            params, grads, *state, [], steps, **HYPER, seeded=seeded,
+            rounding=draws(WEIGHT_ROUNDING_DRAWS, False),
+        )  # fmt: skip
+        return [*params, *state[0], *state[1], backend.norm(grads, seeded=seeded)]
+
+    counted, told, next_one = run(True, 0), run(False, number), run(False, number + 1)
+    assert all(map(torch.equal, counted, told))
+    assert not all(map(torch.equal, counted, next_one))
+    assert clock == number
+
+
 def check_seeded(backend, numel, geometry):
     """A drawn mask is word < threshold of each entry's global index, wherever the entry lies."""
     seed, draw, threshold, key = (

@@ -4,6 +4,8 @@ Bad calls are data, in the spirit of torch's OptimizerInfo: a call, the exceptio
 """
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -21,6 +23,9 @@ from sparse_optim import (
     TopK,
     backends,
 )
+
+# small groups next to others, of which some are left without a selected entry
+pytestmark = pytest.mark.filterwarnings("ignore:nothing was selected in parameter group")
 
 
 def weight(*shape, dtype=torch.float32):
@@ -448,12 +453,6 @@ WE_REFUSE = table(
             r"release_gradients=True needs .*, got policy=None; ",
         ),
         (
-            "capturable=True",
-            lambda: MaskedAdamW([weight()], capturable=True),
-            NotImplementedError,
-            r"capturable=True is not .*; ",
-        ),
-        (
             "variant='E'",
             lambda: ChildTuningAdamW([weight()], variant="E"),
             ValueError,
@@ -585,7 +584,7 @@ def test_fused_on_a_device_that_nothing_accelerates_is_refused_before_anything_m
     optimizer = MaskedAdamW([with_gradient(weight())], fused=True)
     before = snapshot(optimizer)
     with pytest.raises(
-        RuntimeError, match=r"^fused=True needs an accelerated backend .*cpu.*; use fused=None"
+        RuntimeError, match=r"^`fused=True` requires all the params to be .*cpu.*; use fused=None"
     ):
         optimizer.step()
     assert_untouched(optimizer, before)
@@ -869,3 +868,58 @@ def test_a_state_dict_of_another_masking_is_refused_and_changes_nothing(saved, l
         named = kwargs["policy"] if "unselected" not in kwargs else kwargs["unselected"]
         assert str(named) in str(caught.value)
     assert_untouched(reader, before)
+
+
+# --- what other engines make of parameters -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step_before", [False, True], ids=["fresh", "trained"])
+def test_the_flat_partitions_of_deepspeed_are_refused(monkeypatch, step_before):
+    params = [with_gradient(weight()), with_gradient(weight(12))]
+    optimizer = MaskedAdamW([(f"weight{i}", p) for i, p in enumerate(params)], policy=Bernoulli(0.5))
+    if step_before:
+        optimizer.step()
+    before = snapshot(optimizer)
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    flat = with_gradient(nn.Parameter(torch.ones(24)))
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(
+        RuntimeError, match=r"^parameters must keep .*, got 1 flat partition.*; use its stage 0"
+    ):
+        optimizer.step()
+    assert torch.equal(flat, torch.ones(24))
+    optimizer.param_groups[0]["params"] = params
+    assert_untouched(optimizer, before)
+    optimizer.step()
+
+
+def test_a_parameter_that_somebody_else_swaps_is_followed_beside_deepspeed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    optimizer = MaskedAdamW([with_gradient(weight(12)), with_gradient(weight())], policy=Bernoulli(0.5))
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = [with_gradient(weight(12)), with_gradient(weight())]
+    optimizer.step()
+    assert all(int(state["step"]) == 2 for state in optimizer.state.values())
+
+
+@pytest.mark.filterwarnings("default:nothing was selected in parameter group")
+@pytest.mark.parametrize("unselected", ["frozen", "zero_grad"])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_group_in_which_nothing_is_selected_is_named_before_it_fails_to_train(unselected, explicit):
+    large, small = nn.Parameter(torch.ones(100, 3)), weight(12)
+    large.grad, small.grad = torch.ones_like(large), torch.zeros_like(small)
+    schedule = Schedule(observe=None if explicit else 1)
+    optimizer = MaskedAdamW(
+        [{"params": [("large", large)]}, {"params": [("small", small)]}],
+        policy=TopK(0.1, schedule=schedule), unselected=unselected,
+    )  # fmt: skip
+    before = [large.detach().clone(), small.detach().clone()]
+    message = (
+        r"^nothing was selected in parameter group 1 \(1 parameters, 'small' the first\).*; .*masked=False"
+    )
+    if explicit:
+        optimizer.observe()
+    with pytest.warns(UserWarning, match=message):
+        optimizer.select() if explicit else optimizer.step()
+    assert torch.equal(large, before[0]) and torch.equal(small, before[1])
+    assert optimizer.mask(small, upcoming=True).sum() == 0 < optimizer.mask(large, upcoming=True).sum()

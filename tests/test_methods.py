@@ -7,6 +7,7 @@ Models are float64 too, so that scores have digits to spare over the float32 sta
 import io
 import itertools
 import re
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -197,6 +198,8 @@ def test_second_order_follows_its_oracle(fidelity, density, observe):
     options = {"lr": 2e-3, "density": density, "fidelity": fidelity}
     optimizer = SecondOrderAdamW(groups, observe_steps=observe, **options)
     oracle = SecondOrder(**known, observe=observe, **options)
+    # 2 % of a bias is less than an entry
+    warnings.filterwarnings("ignore", "nothing was selected in parameter group")
     for number in range(70):
         optimizer.zero_grad()
         loss_of(model, number).backward()

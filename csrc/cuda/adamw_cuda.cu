@@ -161,7 +161,7 @@ struct DenseShared : UpdateShared<T> {
     T rescale;
     SeededRule seeded;
     uint64_t rounding_seed;
-    uint32_t rounding_draw;
+    DrawNumber rounding_draw;
     Unselected unselected;
     Kind kind;
     bool rounds;

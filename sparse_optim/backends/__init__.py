@@ -97,5 +97,10 @@ def resolve(
 
 def _no_accelerated_backend(device: torch.device | None) -> str:
     reasons = ", ".join(f"{name} ({why_not(name, device)})" for name in reversed(_FILES))
-    where = "" if device is None else f" for {device.type} tensors"
-    return f"fused=True needs an accelerated backend and there is none{where}: {reasons}; use fused=None."
+    if device is None:
+        return f"fused=True needs an accelerated backend and there is none: {reasons}; use fused=None."
+    # torch's own words, which programs match on
+    return (
+        "`fused=True` requires all the params to be floating point Tensors of supported devices, got "
+        f"{device.type} tensors, for which there is no accelerated backend: {reasons}; use fused=None."
+    )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .reference import Cuts, Draws, Geometry, remap_
+from .reference import Cuts, Draws, Geometry, index_dtype, remap_
 
 __all__ = [
     "accumulate_", "adamw_", "adamw_indexed_", "apply_delta_", "compact", "gather_", "histogram", "norm",
@@ -41,8 +41,32 @@ def _load(name: str) -> str:
     return ""
 
 
-_UNUSABLE = _load("_C")
+def _count_bins(
+    scores: list[Tensor], shift: int, width: int, prefixes: Tensor, per_tensor: bool, *others: object
+) -> Tensor:
+    return prefixes.new_empty((len(scores) if per_tensor else 1, 1 << width))
+
+
+def _select(
+    scores: list[Tensor], cuts: list[Tensor], as_bits: bool, absolute: bool, geometries: list[int]
+) -> list[Tensor]:
+    if as_bits:
+        return [s.new_empty(-(-s.numel() // 32) * 4, dtype=torch.uint8) for s in scores]
+    context = torch.library.get_ctx()
+    return [s.new_empty(context.new_dynamic_size(), dtype=index_dtype(s.numel())) for s in scores]
+
+
+def _add_up_squares(grads: list[Tensor], *others: object) -> Tensor:
+    return grads[0].new_empty((), dtype=torch.float64)
+
+
 _ops = torch.ops.sparse_optim
+_IS_LOADED = hasattr(_ops, "gpu_problem")
+_UNUSABLE = _load("_C")
+if not _UNUSABLE and not _IS_LOADED:
+    # the shapes of results, for torch.compile; the other verbs have none
+    for _verb, _shapes in (("histogram", _count_bins), ("compact", _select), ("norm", _add_up_squares)):
+        torch.library.register_fake(f"sparse_optim::{_verb}", _shapes)
 
 
 @functools.cache
@@ -105,7 +129,17 @@ def _drawn(draws: Draws | None) -> list[int]:
     if draws is None:
         return []
     seed = draws.seed - (1 << 64) if draws.seed >> 63 else draws.seed  # the same 64 bits, signed
-    return [seed, draws.draw, draws.threshold, draws.one_word, *draws.keys]
+    number = draws.draw if _clock(draws) is not None else draws.number
+    return [seed, number, draws.threshold, draws.one_word, *draws.keys]
+
+
+def _clock(*draws: Draws | None) -> Tensor | None:
+    """What counts these draws, where kernels read it; a draw for a whole tensor is made on the host."""
+    return next((d.clock for d in draws if d and d.clock is not None and _is_there(d.clock, d)), None)
+
+
+def _is_there(clock: Tensor, draws: Draws) -> bool:
+    return not clock.is_cpu and not draws.one_word
 
 
 def _wrote_to(params: Sequence[Tensor]) -> None:
@@ -167,6 +201,7 @@ def adamw_(
         unselected,
         rescale,
         _drawn(rounding),
+        _clock(seeded, rounding),
         statistics,
         nonfinite,
         kind,
@@ -303,7 +338,9 @@ def norm(
     """See `reference.norm`."""
     if not grads:
         return torch.zeros((), dtype=torch.float64)
-    total: Tensor = _ops.norm(grads, indices or (), _flat(geometries), bits or (), _drawn(seeded))
+    total: Tensor = _ops.norm(
+        grads, indices or (), _flat(geometries), bits or (), _drawn(seeded), _clock(seeded)
+    )
     return total
 
 

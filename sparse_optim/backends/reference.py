@@ -43,6 +43,14 @@ class Draws(NamedTuple):
     threshold: int  # floor(keep * 2**32)
     keys: Sequence[int]  # one 32-bit key per tensor
     one_word: bool = False  # the word of entry 0 decides for the whole tensor
+    # 0-dim int64 where the tensors are: `draw` then is that of number 0, and this is the number, so that a
+    # captured graph draws anew whenever it is replayed
+    clock: Tensor | None = None
+
+    @property
+    def number(self) -> int:
+        """The draw, wherever its number is counted. On a GPU that waits for the device."""
+        return self.draw if self.clock is None else self.draw | int(self.clock) % (1 << _PURPOSE_SHIFT)
 
 
 class Cuts(NamedTuple):
@@ -141,7 +149,7 @@ def seeded_mask(draws: Draws, i: int, numel: int, geometry: Geometry, device: to
     """The mask that the seeded rule draws for the i-th tensor: bool [numel], True where the word is below
     the threshold.
     """
-    seed, draw, threshold, key = draws.seed, draws.draw, draws.threshold, draws.keys[i]
+    seed, draw, threshold, key = draws.seed, draws.number, draws.threshold, draws.keys[i]
     if draws.one_word:
         word = philox_words(seed, draw, key, torch.zeros(1, dtype=torch.int64, device=device))
         return (word < threshold).expand(numel)
@@ -369,7 +377,7 @@ def adamw_(
         if rounding is not None and param.dtype == torch.bfloat16:
             geometry = whole(param) if geometries is None else geometries[i]
             values[0] = round_stochastically(
-                values[0], rounding.seed, rounding.draw, rounding.keys[i], geometry
+                values[0], rounding.seed, rounding.number, rounding.keys[i], geometry
             )
         for target, value, keep in zip(stored, values, keeps, strict=True):
             if value is not target:
@@ -510,7 +518,7 @@ def accumulate_(
         total = statistic.to(torch.float32) + value
         if rounding is not None and statistic.dtype == torch.bfloat16:
             geometry = whole(statistic) if geometries is None else geometries[i]
-            total = round_stochastically(total, rounding.seed, rounding.draw, rounding.keys[i], geometry)
+            total = round_stochastically(total, rounding.seed, rounding.number, rounding.keys[i], geometry)
         statistic.copy_(total)
     if first_counts is not None and statistics:
         first_counts += histogram(

@@ -17,9 +17,11 @@ compact and parameter-shaped state, and statistics on every backend, agree bit f
 """
 
 import contextlib
+import copy
 import functools
 import math
 import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,7 +124,6 @@ class _Table:
         self, device: torch.device, stream: int, columns: _Columns, lengths: tuple[int, ...], tile: int
     ) -> None:
         count = len(lengths)
-        _refuse_capture(device)
         # whatever the default device is, numbers are put together on the host
         numels = torch.tensor(lengths, device="cpu")
         tiles = (numels + tile - 1) // tile
@@ -148,18 +149,38 @@ class _Table:
         self._last: tuple[int, ...] = ()
         self._gradients = torch.zeros(count, dtype=torch.int64, device=device)
         self._numbers: Tensor | None = None
+        # pinned memory, of which there may be no more once a capture has begun
+        self._spare: list[Tensor] = []
 
     def gradients(self, grads: Sequence[Tensor]) -> Tensor:
         """The addresses of this step's gradients, on the device."""
         addresses = tuple(map(Tensor.data_ptr, grads))
-        if addresses != self._last:
-            _refuse_capture(self.device)
+        if _is_capturing(self.device):
+            # replayed with the graph, since steps outside of it write others. The host's copy, which the
+            # graph reads, belongs to this table, and nobody else uses it
+            self._gradients.copy_(self._spare[0].copy_(_int64(addresses)), non_blocking=True)
+        elif addresses != self._last:
             if not self._last:
                 # later ones belong to the same parameters, and torch keeps them where those are
                 _check_devices(self.device, grads)
             self._gradients.copy_(_pinned(_int64(addresses), self.device), non_blocking=True)
             self._last = addresses
+        if not self._spare and _is_captured_later(self.device):
+            self._spare = [_pinned(torch.zeros_like(_int64(addresses)), self.device) for _ in range(4)]
         return self._gradients
+
+    def for_capture(self) -> "_Table":
+        """The same rows, with memory of its own for what a graph writes when it is replayed."""
+        if not self._spare:
+            raise RuntimeError(
+                "between captures of the same step there must be a step outside, got none; call step() once "
+                "before each capture."
+            )
+        captured = copy.copy(self)
+        captured._spare = [self._spare.pop()]
+        captured._gradients = torch.zeros_like(self._gradients)
+        captured._numbers = None
+        return captured
 
     def numbers(self) -> Tensor:
         """Room for the numbers of every tensor's update: float64 [tensors, 7]."""
@@ -175,13 +196,13 @@ def _int64(values: Sequence[int]) -> Tensor:
     return torch.tensor([v - (1 << 64) if v >> 63 > 0 else v for v in values], device="cpu")
 
 
-def _refuse_capture(device: torch.device) -> None:
-    """What a graph captures is replayed when the host's numbers, and the memory they lay in, are gone."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a step that copies addresses to the device cannot be captured in a graph, got a stream that "
-            "captures; step outside the capture."
-        )
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _is_captured_later(device: torch.device) -> bool:
+    """Whether there are graphs on such a device."""
+    return device.type == "cuda"
 
 
 def _pinned(host: Tensor, device: torch.device) -> Tensor:
@@ -202,6 +223,26 @@ def _owners(device: torch.device, stream: int, tiles: tuple[int, ...]) -> Tensor
     return _to_device(tensors.repeat_interleave(_int64(tiles)), device)
 
 
+# tables by all but their stream, for captures, whose stream is one of their own
+_on_any_stream: weakref.WeakValueDictionary[tuple[object, ...], _Table] = weakref.WeakValueDictionary()
+# what graphs read whenever they are replayed; nothing says when they no longer are
+_captured: list[_Table] = []
+
+
+def _table_to_capture(
+    device: torch.device, columns: _Columns, lengths: tuple[int, ...], tile: int
+) -> _Table:
+    """A table that was made before: in a capture nothing can be copied from the host but what stays there."""
+    table = _on_any_stream.get((device, columns, lengths, tile))
+    if table is None:
+        raise RuntimeError(
+            "a captured step must have been made before with the same parameters and state, got one that was "
+            "not; call step() at least once before the capture."
+        )
+    _captured.append(table.for_capture())
+    return _captured[-1]
+
+
 @functools.lru_cache(maxsize=1024)
 def _remembered_table(
     device: torch.device, stream: int, columns: _Columns, lengths: tuple[int, ...], tile: int
@@ -209,7 +250,9 @@ def _remembered_table(
     # of one stream: kernels of another may still read the rows while this one writes addresses
     # made in inference mode, it could not be written to outside
     with torch.inference_mode(False):
-        return _Table(device, stream, columns, lengths, tile)
+        table = _Table(device, stream, columns, lengths, tile)
+    _on_any_stream[device, columns, lengths, tile] = table
+    return table
 
 
 def _table(
@@ -218,6 +261,8 @@ def _table(
     lengths: Sequence[int],
     tile: int = TILE,
 ) -> _Table:
+    if _is_capturing(device):
+        return _table_to_capture(device, _as_numbers(columns), tuple(lengths), tile)
     stream = 0
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -307,8 +352,8 @@ class _Flat:
         return flat
 
     def write_back(self, params: Sequence[Tensor] = ()) -> None:
-        for original, copy in self._copies:
-            original.copy_(copy)
+        for original, copied in self._copies:
+            original.copy_(copied)
         # autograd finds out, as after any operation in place, when a saved tensor has changed
         increment_version([p for p in params if not p.is_inference()])
 
@@ -361,6 +406,12 @@ def _global_index(local, numel, offset, inner, stride):
     else:
         index = local // inner * stride + local % inner + offset
     return index
+
+
+@triton.jit
+def _counted(draw, clock_ptr):
+    """A draw whose number is counted on the device. See `reference.Draws`."""
+    return draw | (tl.load(clock_ptr) & 0xFFFFFFF).to(tl.uint32)
 
 
 @triton.jit
@@ -599,7 +650,7 @@ def _adamw_block(
 @triton.jit(do_not_specialize=["draw", "rounding_draw", "last_word", "any_word", "seed", "rounding_seed"])
 def _adamw_kernel(
     table_ptr, owner_ptr, grads_ptr, numbers_ptr, grad_scale_ptr, found_inf_ptr, statistic_scales_ptr,
-    cut_keys_ptr, last_ties_ptr,
+    cut_keys_ptr, last_ties_ptr, clock_ptr,
     decay: tl.float64, weight1: tl.float64, beta2: tl.float64, weight2: tl.float64, eps: tl.float64,
     step_size: tl.float64, correction2: tl.float64, sign: tl.float64, rescale: tl.float64,
     seed: tl.uint64, draw: tl.uint32, last_word: tl.uint32, any_word: tl.int32,
@@ -636,6 +687,8 @@ def _adamw_kernel(
     factor = tl.full([], sign, ARITHMETIC)
     seed, rounding_seed = tl.full([], seed, tl.uint64), tl.full([], rounding_seed, tl.uint64)
     draw, rounding_draw = tl.full([], draw, tl.uint32), tl.full([], rounding_draw, tl.uint32)
+    if clock_ptr is not None:
+        draw, rounding_draw = _counted(draw, clock_ptr), _counted(rounding_draw, clock_ptr)
     last_word = tl.full([], last_word, tl.uint32)
     if grad_scale_ptr is not None:
         factor = factor * tl.load(grad_scale_ptr).to(ARITHMETIC)
@@ -835,6 +888,11 @@ class _Clock:
                 num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
             return none, table.numbers()
+        if _is_capturing(table.device):
+            raise RuntimeError(
+                "a captured step must count its steps on the device, got steps on the host; give the "
+                "optimizer capturable=True."
+            )
         if self._found_inf is not None and self._found_inf.item():
             return None
         # a tensor and not a number, which would be made into a tensor anew for every step
@@ -848,7 +906,6 @@ class _Clock:
             return self._numbers_of(counts[0], hyper, with_ages), None
         known = {count: self._numbers_of(count, hyper, with_ages) for count in set(counts)}
         host = torch.tensor([known[count] for count in counts], dtype=torch.float64, device="cpu")
-        _refuse_capture(table.device)
         return none, table.numbers().copy_(_pinned(host, table.device), non_blocking=True)
 
 
@@ -857,6 +914,11 @@ def _drawn(draws: Draws | None) -> tuple[int, int, int, int]:
     if draws is None:
         return 0, 0, 0, 0
     return draws.seed, draws.draw, max(draws.threshold - 1, 0), int(draws.threshold > 0)
+
+
+def _clock(device: torch.device, *draws: Draws | None) -> Tensor | None:
+    """What numbers these draws, where it is counted on the device."""
+    return next((_scalar(d.clock, device) for d in draws if d is not None and d.clock is not None), None)
 
 
 def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
@@ -962,6 +1024,7 @@ def adamw_(
                 table.rows, table.owner, addresses, numbers_table,
                 _scalar(grad_scale, device), _scalar(clock.found_inf, device),
                 _stacked(statistic_scales, places, device), cut_keys, last_ties,
+                _clock(device, seeded, rounding),
                 *numbers, -1.0 if maximize else 1.0, rescale,
                 *_drawn(seeded), rounding_seed, rounding_draw, *dtypes,
                 MAX_EXP_AVG_SQ=_TL[moments[2][0].dtype] if moments[2] else tl.float32,
@@ -1682,8 +1745,8 @@ def _sum_in_pairs(values):
 
 @triton.jit(do_not_specialize=["draw", "last_word", "any_word", "seed"])
 def _norm_kernel(
-    table_ptr, owner_ptr, grads_ptr, sums_ptr, seed: tl.uint64, draw: tl.uint32, last_word: tl.uint32,
-    any_word: tl.int32,
+    table_ptr, owner_ptr, grads_ptr, sums_ptr, clock_ptr,
+    seed: tl.uint64, draw: tl.uint32, last_word: tl.uint32, any_word: tl.int32,
     GRAD: tl.constexpr, MASK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """The sum of squares of one tile's selected entries, float64. With INDEX, a tile of the list. The order
@@ -1711,6 +1774,8 @@ def _norm_kernel(
         offset, inner = tl.load(row_ptr + _OFFSET), tl.load(row_ptr + _INNER)
         stride, key = tl.load(row_ptr + _STRIDE), tl.load(row_ptr + _KEY).to(tl.uint32)
         seed, draw = tl.full([], seed, tl.uint64), tl.full([], draw, tl.uint32)
+        if clock_ptr is not None:
+            draw = _counted(draw, clock_ptr)
         last_word = tl.full([], last_word, tl.uint32)
         drawn = True
         if MASK == _ONE_WORD:
@@ -1784,7 +1849,8 @@ def norm(
             if table.programs:
                 sums = torch.empty(table.programs, dtype=torch.float64, device=device)
                 _norm_kernel[(table.programs,)](
-                    table.rows, table.owner, table.gradients(group), sums, *_drawn(seeded),
+                    table.rows, table.owner, table.gradients(group), sums, _clock(device, seeded),
+                    *_drawn(seeded),
                     GRAD=_TL[group[0].dtype],
                     MASK=mask.value,
                     INDEX=None if indices is None else _TL[chosen[0].dtype],
