@@ -50,8 +50,8 @@ while step < cfg.steps:
             optimizer.zero_grad()
         if accelerator.sync_gradients:
             step += 1
-            size = sum(getattr(t, "nbytes", 0) for state in ours.state.values() for t in state.values())
-            accelerator.print(f"{step}: loss {loss:.4f}, density {ours.density():.4f}, {size} bytes")
+            size = f"density {ours.density():.4f}, {ours.state_bytes()} bytes"
+            accelerator.print(f"{step}: loss {loss:.4f}, {size}")
             if step % cfg.save_every == 0:
                 accelerator.save_state(f"{cfg.out}/step_{step}")
             if step == cfg.steps:

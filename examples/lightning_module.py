@@ -29,10 +29,8 @@ class Classifier(lightning.LightningModule):
 
     def on_train_batch_start(self, batch, batch_idx):
         lightning.seed_everything(self.global_step, verbose=False)  # of dropout: a resumed run draws the same
-        ours = self.optimizers(use_pl_optimizer=False)
         # not in on_train_epoch_start, which is left out after a checkpoint of an epoch's last step
-        if ours.param_groups[0]["epoch"] <= self.current_epoch:
-            ours.new_epoch()
+        self.optimizers(use_pl_optimizer=False).new_epoch(self.current_epoch)
 
     def training_step(self, batch, batch_idx):
         loss = self.model(**batch).loss
@@ -44,8 +42,9 @@ class Classifier(lightning.LightningModule):
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         ours, loss = self.optimizers(use_pl_optimizer=False), outputs["loss"]
-        size = sum(getattr(t, "nbytes", 0) for state in ours.state.values() for t in state.values())
-        self.print(f"{self.global_step}: loss {loss:.4f}, density {ours.density():.4f}, {size} bytes")
+        self.print(
+            f"{self.global_step}: loss {loss:.4f}, density {ours.density():.4f}, {ours.state_bytes()} bytes"
+        )
 
 
 classifier, tokenizer = Classifier(), AutoTokenizer.from_pretrained(cfg.model, model_max_length=64)

@@ -51,8 +51,8 @@ for step in range(start, cfg.epochs * per_epoch):
     optimizer.step()
     optimizer.zero_grad()
     schedule.step()
-    state = sum(getattr(t, "nbytes", 0) for state in optimizer.state.values() for t in state.values())
-    print(f"{step + 1}: loss {loss * cfg.accumulate:.4f}, density {optimizer.density():.4f}, {state} bytes")
+    size = f"density {optimizer.density():.4f}, {optimizer.state_bytes()} bytes"
+    print(f"{step + 1}: loss {loss * cfg.accumulate:.4f}, {size}")
     if (step + 1) % cfg.save_every == 0:
         saved = {name: part.state_dict() for name, part in parts.items()}
         torch.save(saved | {"step": step + 1}, f"{cfg.out}/step_{step + 1}.pt")

@@ -10,6 +10,7 @@ entries.
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -74,9 +75,15 @@ class ReleasedGradient(Tensor):
     kept: _Kept
 
     @staticmethod
-    def __new__(cls, like: Tensor, kept: _Kept) -> ReleasedGradient:
+    def __new__(
+        cls,
+        like: Tensor,
+        kept: _Kept,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> ReleasedGradient:
         made: ReleasedGradient = Tensor._make_wrapper_subclass(
-            cls, like.shape, dtype=like.dtype, device=like.device
+            cls, like.shape, dtype=dtype or like.dtype, device=device or like.device
         )
         made.kept = kept
         return made
@@ -88,6 +95,13 @@ class ReleasedGradient(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        # what module.to(...) assigns: nothing where everything is already, and what no step needs any more
+        # need not follow a model elsewhere
+        p = self.kept.param()
+        if isinstance(value, ReleasedGradient) and value.kept is self.kept:
+            if (value.device, value.dtype) != (self.device, self.dtype) and p is not None:
+                p.grad = None
+            return
         raise _gone(self, "its data cannot be replaced; assign to the parameter's grad")
 
     # every operation arrives in __torch_dispatch__
@@ -172,6 +186,16 @@ def _add(func: Any, grad: Tensor, other: Any, alpha: float = 1) -> Tensor:
 
 def _itself(func: Any, grad: ReleasedGradient) -> Tensor:
     return ReleasedGradient(grad, grad.kept)
+
+
+def _elsewhere(
+    func: Any, grad: ReleasedGradient, *, dtype: Any = None, device: Any = None, **kwargs: Any
+) -> Tensor:
+    """What `module.to(...)` makes, once a step has used the gradient."""
+    kept = grad.kept
+    if not kept.is_zero and kept.stamp == kept.release.stamp:
+        raise _gone(grad, "it cannot be moved or converted before step() has used it")
+    return ReleasedGradient(grad, kept, dtype, device)
 
 
 def _zero(func: Any, grad: ReleasedGradient) -> Tensor:
@@ -262,6 +286,7 @@ _ACTIONS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _itself,
     aten.alias.default: _itself,
     aten.zero_.default: _zero,
+    aten._to_copy.default: _elsewhere,
     aten.mul_.Tensor: _scale,
     aten.mul_.Scalar: _scale,
     aten.div_.Tensor: _scale,
@@ -321,7 +346,10 @@ class GradientRelease:
         self._watched: Any = WeakIdKeyDictionary()
         hooks, excluded = self._hooks, WeakIdKeyDictionary()
 
-        def orphaned(_: object) -> None:
+        def orphaned(_: object, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+            # then nobody hooks anything any more, and modules are half gone
+            if at_exit():
+                return
             # hooks of parameters that nobody else averages over ranks stay, and refuse gradients
             for p in [p for p in hooks if p not in excluded]:
                 hooks.pop(p).remove()  # type: ignore[no-untyped-call]

@@ -171,7 +171,7 @@ class MaskedAdamW(SurvivingOptimizer):
         "statistic_dtype",
         "statistic_device",
     )
-    gradient_release: GradientRelease | None = None
+    gradient_release: GradientRelease | None
     # whether devices may have counted what the host has not
     _replayed: bool = False
     _waiting: Waiting | None = None
@@ -270,6 +270,8 @@ class MaskedAdamW(SurvivingOptimizer):
             "seed": seed,
         }
         self._clocks = {}
+        # a wrapper that only pretends to be this class, Lightning's for one, must not find that of the class
+        self.gradient_release = None
         super().__init__(params, defaults)
         self._watch_gradients()
         self._enter_graphs()
@@ -1314,11 +1316,19 @@ class MaskedAdamW(SurvivingOptimizer):
                 "with observe=n the first n calls of step() observe by themselves."
             )
 
-    def new_epoch(self) -> None:
+    def new_epoch(self, epoch: int | None = None) -> None:
         """Say that an epoch begins, the first included: a policy with `every="epoch"` then draws, or goes on
         a stage.
+
+        Args:
+            epoch: which one, counted from 0; saying the same again changes nothing. None: the next one.
+
+        Raises:
+            ValueError: for a number that is none.
         """
-        self._set_numbers(epoch=self._number("epoch") + 1)
+        if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0):
+            raise ValueError(f"epoch must be an integer from 0 on, got {epoch!r}; None counts by itself.")
+        self._set_numbers(epoch=self._number("epoch") + 1 if epoch is None else epoch + 1)
 
     @torch.no_grad()
     def mask(self, param: Tensor, *, upcoming: bool = False) -> Tensor:
@@ -1381,6 +1391,11 @@ class MaskedAdamW(SurvivingOptimizer):
         trained = sum(int(self.mask(p).sum()) for p in params)
         return float(trained / max(1, sum(p.numel() for p in params)))
 
+    def state_bytes(self) -> int:
+        """Bytes of all tensors in the optimizer's state: moments, masks, statistics, masters."""
+        values = [value for state in self.state.values() for value in state.values()]
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
     # names and keys
 
     def _masked_parameters(self) -> list[Tensor]:
@@ -1396,6 +1411,7 @@ class MaskedAdamW(SurvivingOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As in `SurvivingOptimizer`; a copy releases gradients as the original does."""
+        self.__dict__.setdefault("gradient_release", None)
         super().__setstate__(state)
         if self.gradient_release is not None:
             self.gradient_release.loaded()

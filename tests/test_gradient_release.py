@@ -5,6 +5,8 @@ What several processes do is in test_two_processes.py.
 
 import copy
 import gc
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -564,6 +566,45 @@ def test_what_needs_the_other_entries_is_refused(use):
         RuntimeError, match=r"gradient of 'first\.weight' was released \(\d+ of its 1320 entries"
     ):
         use(model.first.weight)
+
+
+def test_a_model_moves_with_gradients_that_a_step_has_used():
+    model, optimizer = trained()
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    model.cpu()
+    assert all(type(p.grad) is ReleasedGradient for p in model.parameters())
+    model.to(torch.float64)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, b.double()) for p, b in zip(model.parameters(), before, strict=True))
+    for p in model.parameters():
+        moved = p.to("meta")
+        assert moved.device.type == "meta"
+
+
+def test_a_model_does_not_move_with_gradients_that_a_step_still_needs():
+    model, optimizer = trained()
+    model.cpu()  # where it is
+    with pytest.raises(RuntimeError, match=r"was released .*, so it cannot be moved .* before step\(\) has"):
+        model.to(torch.float64)
+    optimizer.zero_grad(set_to_none=False)
+    model.first.to(torch.float64)
+
+
+def test_a_program_ends_without_a_word():
+    program = """
+import torch
+from sparse_optim import MaskedAdamW, Schedule, TopK
+model = torch.nn.Linear(4, 4)
+policy = TopK(0.5, schedule=Schedule(observe=1))
+optimizer = MaskedAdamW(model.named_parameters(), policy=policy, release_gradients=True)
+for _ in range(3):
+    optimizer.zero_grad()
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")

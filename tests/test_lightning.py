@@ -154,7 +154,7 @@ class Module(lightning.LightningModule):
 
     @property
     def ours(self):
-        """Lightning's wrapper has the class attributes of ours, and none of its own."""
+        """Not Lightning's wrapper, which copies our attributes when it is made."""
         return self.optimizers(use_pl_optimizer=False)
 
     def on_train_start(self):
@@ -163,8 +163,7 @@ class Module(lightning.LightningModule):
     def on_train_batch_start(self, batch, batch_idx):
         torch.manual_seed(100 * self.global_step + batch_idx)  # of mixed weights
         # not in on_train_epoch_start, which Lightning leaves out after a checkpoint of an epoch's last step
-        if self.ours.param_groups[0]["epoch"] <= self.current_epoch:
-            self.ours.new_epoch()
+        self.ours.new_epoch(self.current_epoch)
 
     def training_step(self, batch, batch_idx):
         loss = loss_of(self.model, batch)
@@ -179,10 +178,6 @@ class Module(lightning.LightningModule):
             optimizer.zero_grad()
             self.lr_schedulers().step()
         return None
-
-    def on_train_end(self):
-        # or else Lightning, which moves the model to the CPU, would have to move released gradients too
-        self.ours.zero_grad()
 
     def on_save_checkpoint(self, checkpoint):
         if self.mixing is not None:

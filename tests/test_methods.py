@@ -651,6 +651,33 @@ def test_a_missing_new_epoch_is_an_error_that_says_so_before_any_weight_moves(gr
     assert not same_bits(bits_of(*params.values()), before)
 
 
+def test_an_epoch_that_is_named_twice_begins_once():
+    optimizers = []
+    for epochs in ((None, None, None), (0, 0, 1, 1, 1, 2), (None, 1, 2)):
+        params = named(SHAPES)
+        optimizer = GradDropAdamW(params.items(), keep=0.5, granularity="entry", refresh="epoch")
+        for epoch in epochs:
+            optimizer.new_epoch(epoch)
+        give_gradients(params.values())
+        optimizer.step()
+        optimizers.append([optimizer.mask(p) for p in params.values()])
+    first, *others = optimizers
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    for bad in (-1, 1.0, True, "1"):
+        with pytest.raises(ValueError, match=r"^epoch must be an integer from 0 on, got .*; None counts"):
+            optimizer.new_epoch(bad)
+
+
+def test_the_bytes_of_the_state_are_those_of_its_tensors():
+    params = named(SHAPES)
+    optimizer = GradDropAdamW(params.items(), keep=0.5)
+    assert optimizer.state_bytes() == 0
+    give_gradients(params.values())
+    optimizer.step()
+    # two float32 moments, and a float32 step for each parameter
+    assert optimizer.state_bytes() == sum(8 * p.numel() + 4 for p in params.values())
+
+
 @grad_drops
 def test_rescaling_under_adamw_is_seen_by_eps_only(granularity, refresh):
     def weights(rescale, eps):

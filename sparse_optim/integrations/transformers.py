@@ -616,7 +616,7 @@ class SparseOptimCallback(TrainerCallback):
             return
         optimizer, numbers = self._optimizer(), {}
         if control.should_log:
-            numbers = {"density": optimizer.density(), "optimizer_state_bytes": _state_bytes(optimizer)}
+            numbers = {"density": optimizer.density(), "optimizer_state_bytes": optimizer.state_bytes()}
             step, norms = self._norms
             if step == self._trainer.state.global_step:
                 numbers |= norms
@@ -662,15 +662,6 @@ def _as_it_was(model: nn.Module, seed: int) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, saved in buffers:
                     buffer.copy_(saved)
-
-
-def _state_bytes(optimizer: MaskedAdamW) -> int:
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
 
 
 @torch.no_grad()
