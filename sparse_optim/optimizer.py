@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from . import backends
@@ -323,7 +324,9 @@ class MaskedAdamW(SurvivingOptimizer):
         Args:
             closure: reevaluates the model and returns the loss, which `step` then returns.
         """
-        if torch.compiler.is_compiling():
+        # a graph has no place for a gradient of our own kind, and a differentiable step is no operator
+        whole = not self.defaults["differentiable"] and self.gradient_release is None
+        if whole and torch.compiler.is_compiling():
             return self._step_in_graph(closure)
         # refuses a graph that captures a step which counts on the host; the name depends on torch's version
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
@@ -375,6 +378,7 @@ class MaskedAdamW(SurvivingOptimizer):
             for p, former in zip(self._once, kept, strict=True):
                 p.grad = former
 
+    @_disable_dynamo
     def _step(self) -> None:
         self._finish_waiting()
         if self.gradient_release is not None:
@@ -415,7 +419,7 @@ class MaskedAdamW(SurvivingOptimizer):
             self._apply_selection(selected)
         self._advance(found_inf)
         if spoiled:
-            warnings.warn(spoiled, stacklevel=4)
+            warnings.warn(spoiled, stacklevel=6)
 
     def _unscale(self, buckets: list[_Bucket]) -> Tensor | None:
         """Divide gradients by the scale of a `GradScaler` that leaves it to us, as its `unscale_` does.
@@ -436,9 +440,7 @@ class MaskedAdamW(SurvivingOptimizer):
 
     @property
     def _is_capturing(self) -> bool:
-        return (
-            self._counts_there and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        )
+        return self._counts_there and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     def _check_capture(self, buckets: list[_Bucket]) -> None:
         """Refuse to capture what a replay would not repeat."""
@@ -1008,9 +1010,7 @@ class MaskedAdamW(SurvivingOptimizer):
             return True
         if isinstance(policy, Bernoulli):
             return policy.every == 1
-        return (
-            isinstance(policy, TopK) and policy.schedule.train is None and self._number("phase") % 2 == 1
-        )
+        return isinstance(policy, TopK) and policy.schedule.train is None and self._number("phase") % 2 == 1
 
     @property
     def _selecting_policy(self) -> TopK | None:
@@ -1144,8 +1144,7 @@ class MaskedAdamW(SurvivingOptimizer):
         self._require_explicit("observe")
         if grad_scale is not None and not 0 < float(grad_scale) < float("inf"):
             raise ValueError(
-                f"grad_scale must be positive and finite, got {float(grad_scale)!r}; pass "
-                "scaler.get_scale()."
+                f"grad_scale must be positive and finite, got {float(grad_scale)!r}; pass scaler.get_scale()."
             )
         if self._selecting_policy is None:
             return
@@ -1550,9 +1549,7 @@ def _step_of(params: list[Tensor], grads: list[Tensor], places: list[int], optim
 _UNSAFE = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 # kept: its operators end with it
 _LIBRARY: Any = torch.library.Library("sparse_optim", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int optimizer) -> ()", tags=_UNSAFE
-)
+_LIBRARY.define("step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int optimizer) -> ()", tags=_UNSAFE)
 _LIBRARY.impl("step_", _step_of, "CompositeExplicitAutograd")
 torch.library.register_fake("sparse_optim::step_", lambda *arguments: None, lib=_LIBRARY)
 

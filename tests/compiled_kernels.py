@@ -31,7 +31,7 @@ GRADS = TABLE | {"grads_ptr": "*i64"}
 EVERYTHING, BITS, SEEDED, SCORES = range(4)
 
 
-def adamw(param=F32, state=F32, mask=EVERYTHING, unselected=0, **changed):
+def adamw(param=F32, state=F32, mask=EVERYTHING, unselected=0, *, clock=False, **changed):
     pointers = dict(GRADS)
     constants = {
         "numbers_ptr": None, "grad_scale_ptr": None, "found_inf_ptr": None, "statistic_scales_ptr": None,
@@ -41,6 +41,9 @@ def adamw(param=F32, state=F32, mask=EVERYTHING, unselected=0, **changed):
         "ARITHMETIC": F64 if param == F64 else F32, "MASK": mask, "UNSELECTED": unselected,
         "RESCALED": False, "AMSGRAD": False, "ROUNDED": False, "KIND": None, "NUMBERS": False,
     }  # fmt: skip
+    if clock:
+        del constants["clock_ptr"]
+        pointers["clock_ptr"] = "*i64"
     cuts = ("cut_keys_ptr", "last_ties_ptr")
     if mask == SCORES:
         pointers |= dict.fromkeys(cuts, "*i64")
@@ -97,6 +100,7 @@ VARIANTS = {
     "adamw_ seeded, frozen": adamw(mask=SEEDED),
     "adamw_ seeded, zero_grad": adamw(mask=SEEDED, unselected=1),
     "adamw_ seeded, track": adamw(mask=SEEDED, unselected=2),
+    "adamw_ seeded by a clock": adamw(mask=SEEDED, unselected=1, clock=True),
     "adamw_ scores, frozen": adamw(mask=SCORES),
     "adamw_ rounded": adamw(BF16, BF16, ROUNDED=True),
     "adamw_ and squares": adamw(KIND=0),

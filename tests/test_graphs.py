@@ -267,6 +267,42 @@ def test_a_compiled_step_goes_on_after_loading_and_in_a_copy(compiled):
     assert equal(weights(twin), after)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"differentiable": True}, id="differentiable"),
+        pytest.param(
+            {"policy": TopK(0.2, schedule=Schedule(observe=1)), "release_gradients": True}, id="released"
+        ),
+    ],
+)
+def test_a_step_that_is_no_operator_stays_out_of_graphs(compiled, options):
+    model = small_model()
+    optimizer = optimizer_of(model, options)
+    model(torch.ones(2, 6)).sum().backward()
+    before = weights(model)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="_step"):
+        compiled(lambda: optimizer.step())()
+    assert equal(weights(model), before)
+    if "differentiable" in options:
+        return  # of leaves, no step is
+    torch._dynamo.reset()
+    step = compiled(lambda: optimizer.step(), fullgraph=False)
+    for number in range(2):
+        optimizer.zero_grad()
+        model(torch.full((2, 6), number + 1.0)).sum().backward()
+        step()
+    assert not equal(weights(model), before)
+
+
+def test_a_compiled_step_without_a_gradient_is_none(compiled):
+    model = small_model()
+    optimizer, before = optimizer_of(model, POLICIES["bernoulli"]), weights(model)
+    compiled(lambda: optimizer.step())()
+    assert equal(weights(model), before)
+    assert not optimizer.state
+
+
 @pytest.mark.skipif(bool(native.why_not(None)), reason="needs the native library")
 @pytest.mark.parametrize(
     "verb", ["adamw_", "adamw_indexed_", "accumulate_", "histogram", "norm", "apply_delta_"]

@@ -229,9 +229,7 @@ _on_any_stream: weakref.WeakValueDictionary[tuple[object, ...], _Table] = weakre
 _captured: list[_Table] = []
 
 
-def _table_to_capture(
-    device: torch.device, columns: _Columns, lengths: tuple[int, ...], tile: int
-) -> _Table:
+def _table_to_capture(device: torch.device, columns: _Columns, lengths: tuple[int, ...], tile: int) -> _Table:
     """A table that was made before: in a capture nothing can be copied from the host but what stays there."""
     table = _on_any_stream.get((device, columns, lengths, tile))
     if table is None:
