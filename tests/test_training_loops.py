@@ -11,9 +11,21 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
-from sparse_optim import Bernoulli, ChildTuningAdamW, DPSAdamW, MaskedAdamW, Schedule, TopK
+from sparse_optim import (
+    Bernoulli,
+    ChildTuningAdamW,
+    DPSAdamW,
+    GradDropAdamW,
+    GradualUnfreezing,
+    MaskedAdamW,
+    Schedule,
+    SecondOrderAdamW,
+    TopK,
+)
+from sparse_optim.nn import mix_weights
 
 STEPS = 7
+DTYPES = [torch.float32, torch.bfloat16]
 ONCE = TopK(0.3, schedule=Schedule(observe=2))
 REPEATING = TopK(0.3, schedule=Schedule(observe=1, train=2))
 METHODS = {
@@ -29,6 +41,16 @@ METHODS = {
     "released": functools.partial(
         MaskedAdamW, policy=REPEATING, release_gradients=True, statistic_dtype=torch.bfloat16
     ),
+}
+# the rest of what is published, for loops of other packages
+OTHERS = {
+    "child_tuning_f": functools.partial(ChildTuningAdamW, variant="F"),
+    "child_tuning_d_paper": functools.partial(ChildTuningAdamW, variant="D", density=0.2, observe_steps=3),
+    "dps_mix": functools.partial(DPSAdamW, variant="mix", update_steps=2),
+    "second_order": functools.partial(SecondOrderAdamW, density=0.2, observe_steps=3),
+    "grad_drop": functools.partial(GradDropAdamW, keep=0.5),
+    "grad_drop_epochs": functools.partial(GradDropAdamW, keep=0.5, granularity="layer", refresh="epoch"),
+    "unfreezing": functools.partial(MaskedAdamW, policy=GradualUnfreezing(every="epoch")),
 }
 # methods whose moments are kept for selected entries only
 COMPACT = ("topk_once", "topk_repeating", "released")
@@ -65,7 +87,7 @@ def loss_of(model, step):
 
 def started(method, dtype=torch.float32, norm=nn.LayerNorm):
     model = network(dtype, norm)
-    make = METHODS[method] if isinstance(method, str) else method
+    make = (METHODS | OTHERS)[method] if isinstance(method, str) else method
     return model, make(model.named_parameters(), **NUMBERS)
 
 
@@ -571,15 +593,37 @@ def accelerate():
     accelerate.state.GradientState._reset_state()
 
 
+PER_EPOCH = 3
+every_method_there_is = pytest.mark.parametrize(
+    ("method", "dtype"),
+    [pytest.param(name, dtype, id=f"{name}-{dtype}") for name in METHODS for dtype in DTYPES]
+    + [pytest.param(name, torch.float32, id=name) for name in OTHERS],
+)
+
+
+def mixed(method, model, optimizer):
+    """The forward half of DPS mix, where it is asked for."""
+    return mix_weights(model, optimizer) if method == "dps_mix" else None
+
+
+def say_epoch(optimizer, step):
+    if getattr(optimizer.policy, "every", None) == "epoch":
+        optimizer.new_epoch(step // PER_EPOCH)
+
+
 def prepared(accelerate, method, dtype=torch.float32):
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=MICRO_BATCHES)
     model, optimizer = started(method, dtype)
+    mixing = mixed(method, model, optimizer)
+    if mixing is not None:
+        accelerator.register_for_checkpointing(mixing)
     scheduler = SCHEDULERS["OneCycleLR"](optimizer)
     return accelerator, *accelerator.prepare(model, optimizer, scheduler)
 
 
 def accelerated_step(run, step):
     accelerator, model, optimizer, scheduler = run
+    say_epoch(optimizer.optimizer, step)
     for micro in range(MICRO_BATCHES):
         with accelerator.accumulate(model):
             accelerator.backward(loss_of(model, MICRO_BATCHES * step + micro))
@@ -591,14 +635,17 @@ def accelerated_step(run, step):
 
 
 @pytest.mark.filterwarnings("ignore")  # accelerate's own imports are not ours to judge
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@every_method
+@every_method_there_is
 def test_accelerate_trains_as_a_plain_loop(accelerate, method, dtype):
     run = prepared(accelerate, method, dtype)
     model, optimizer = started(method, dtype)
+    _mixing = mixed(method, model, optimizer)
     scheduler = SCHEDULERS["OneCycleLR"](optimizer)
     for step in range(STEPS):
+        torch.manual_seed(step)  # of mixed weights
         accelerated_step(run, step)
+        torch.manual_seed(step)
+        say_epoch(optimizer, step)
         optimizer.zero_grad()
         for micro in range(MICRO_BATCHES):
             (loss_of(model, MICRO_BATCHES * step + micro) / MICRO_BATCHES).backward()
@@ -610,8 +657,7 @@ def test_accelerate_trains_as_a_plain_loop(accelerate, method, dtype):
 
 
 @pytest.mark.filterwarnings("ignore")  # accelerate's own imports are not ours to judge
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@every_method
+@every_method_there_is
 def test_a_run_that_accelerate_interrupts_after_any_step_ends_the_same(accelerate, tmp_path, method, dtype):
     run = prepared(accelerate, method, dtype)
     for step in range(STEPS):
