@@ -324,13 +324,15 @@ class MaskedAdamW(SurvivingOptimizer):
         Args:
             closure: reevaluates the model and returns the loss, which `step` then returns.
         """
-        # a graph has no place for a gradient of our own kind, and a differentiable step is no operator
-        whole = not self.defaults["differentiable"] and self.gradient_release is None
-        if whole and torch.compiler.is_compiling():
-            return self._step_in_graph(closure)
-        # refuses a graph that captures a step which counts on the host; the name depends on torch's version
-        check = getattr(self, "_accelerator_graph_capture_health_check", None)
-        (check or self._cuda_graph_capture_health_check)()
+        if torch.compiler.is_compiling():
+            # a graph has no place for gradients of our own kind, and a differentiable step is no operator
+            if not self.defaults["differentiable"] and self.gradient_release is None:
+                return self._step_in_graph(closure)
+        else:
+            # refuses a graph that captures a step which counts on the host; the name depends on torch's
+            # version
+            check = getattr(self, "_accelerator_graph_capture_health_check", None)
+            (check or self._cuda_graph_capture_health_check)()
         loss = None
         if closure is not None:
             with torch.enable_grad():
