@@ -88,10 +88,11 @@ measure = status=0; \
 	done; \
 	exit $$status
 
-# The tests of the backends, in as many processes as JOBS where pytest-xdist is at hand; what is left of nine minutes
+# The tests of the backends, and of graphs that replay steps, in as many processes as JOBS where pytest-xdist is at hand; what is left of nine minutes
 # is for the measurements, so they come to an end early rather than late. Warnings of versions that constraints.txt
 # does not name are shown, not fatal.
-TESTS ?= tests/test_triton.py tests/test_backends.py -k "(triton or cuda) and not machine_code"
+TESTS ?= tests/test_graphs.py tests/test_triton.py tests/test_backends.py \
+	-k "(triton or cuda or replayed_graph or waits_for_nothing) and not machine_code"
 gpu:
 	@echo "== $$($(PYTHON) --version) and its packages as they are; nothing is installed"
 	@$(PYTHON) -c 'import torch; print("torch", torch.__version__, "CUDA device:", torch.cuda.is_available() and torch.cuda.get_device_name())'
