@@ -13,7 +13,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -42,10 +42,14 @@ from .state import (
     clean_name,
     compact_dtype,
     is_dtensor,
+    local,
     make_master,
     match_dtype,
     step_dtype,
 )
+
+if TYPE_CHECKING:
+    from .integrations.distributed import Shards
 
 Unselected = Literal["frozen", "zero_grad", "track"]
 _UNSELECTED = ("frozen", "zero_grad", "track")
@@ -180,6 +184,8 @@ class MaskedAdamW(SurvivingOptimizer):
     _keys_checked: bool = False
     _plan: _Plan | None = None
     _in_graphs: int = -1
+    # what was known when it was looked for, and what was found
+    _sharding: tuple[list[list[Tensor]], Shards] | None = None
 
     def __init__(
         self,
@@ -326,7 +332,8 @@ class MaskedAdamW(SurvivingOptimizer):
         """
         if torch.compiler.is_compiling():
             # a graph has no place for gradients of our own kind, and a differentiable step is no operator
-            if not self.defaults["differentiable"] and self.gradient_release is None:
+            plain = self.gradient_release is None and not self._is_sharded
+            if not self.defaults["differentiable"] and plain:
                 return self._step_in_graph(closure)
         else:
             # refuses a graph that captures a step which counts on the host; the name depends on torch's
@@ -493,6 +500,12 @@ class MaskedAdamW(SurvivingOptimizer):
         signature = (self.policy, self.unselected, self.backend, switches, kinds)
         if self._plan is None or self._plan.signature != signature:
             self._plan = _Plan(signature, self._plan_buckets(kinds))
+        if self._shards:
+            from .integrations.distributed import gradient_of
+
+            grads = [
+                None if grad is None else gradient_of(p, grad) for p, grad in zip(params, grads, strict=True)
+            ]
         return [
             bucket._replace(
                 group=self.param_groups[number],
@@ -532,7 +545,10 @@ class MaskedAdamW(SurvivingOptimizer):
             bool(g["lr"] != 0) for g in self.param_groups
         ):
             return False
-        if any(bool(grad.any()) for bucket in buckets for grad in bucket.grads):
+        found = torch.tensor(int(any(bool(grad.any()) for bucket in buckets for grad in bucket.grads)))
+        if self._shards:
+            found = self._shards.add_up(found)
+        if found:
             return False
         mask = EVERYTHING if self._selecting_policy is None else NOTHING
         for bucket in buckets:
@@ -566,6 +582,8 @@ class MaskedAdamW(SurvivingOptimizer):
             and self.statistic_device is None
             # a selection that fails is made again from gradients that were added up and dropped
             and self.gradient_release is None
+            # copies of an entry are counted once
+            and not self._shards
         )
         if rides and observed and len(arriving) == len(observed):
             kinds = {(t.device, t.dtype) for statistics in columns for t in statistics}
@@ -632,7 +650,8 @@ class MaskedAdamW(SurvivingOptimizer):
         for number, places in by_number.items():
             keys = [self._tensor_key(params[i]) for i in places]
             draws = Draws(seed, purpose_draw(STATISTIC_ROUNDING_DRAWS, number % (1 << 28)), 0, keys)
-            parts.append((places, {"rounding": draws}))
+            geometries = self._geometries([params[i] for i in places])
+            parts.append((places, {"rounding": draws, "geometries": geometries}))
         return parts
 
     def _statistics(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -646,7 +665,12 @@ class MaskedAdamW(SurvivingOptimizer):
                 home = p.device if self.statistic_device is None else self.statistic_device
                 dtype = self.statistic_dtype
                 if statistic.begins_at_zero:
-                    fresh = torch.zeros(p.shape, dtype=dtype or torch.float32, device=home)
+                    fresh = torch.zeros(local(p).shape, dtype=dtype or torch.float32, device=home)
+                elif is_dtensor(p):
+                    raise NotImplementedError(
+                        f"{type(statistic).__name__} must start from a whole tensor in this version, got a "
+                        f"DTensor for {self._name(p)!r}; use SquaredGradient() or SignedGradient()."
+                    )
                 else:
                     fresh = statistic.init(p, seed=self._number("seed"), key=self._tensor_key(p))
                     if fresh.device != p.device:
@@ -705,6 +729,8 @@ class MaskedAdamW(SurvivingOptimizer):
             self._backend(scores[0].device),
             as_bits=not self._compact,
             first_counts=first_counts,
+            geometries=self._geometries(observed),
+            **self._among_ranks(observed),
         )
         flags = torch.stack([self.state[p]["nonfinite"].to(observed[0].device) for p in observed]).tolist()
         spoiled = [p for p, flag in zip(observed, flags, strict=True) if flag]
@@ -833,8 +859,11 @@ class MaskedAdamW(SurvivingOptimizer):
         self, bucket: _Bucket, call: _Call, states: list[dict[str, Any]], accumulating: bool
     ) -> tuple[Callable[[Tensor | None, Tensor | None], None], Callable[[], Tensor]]:
         """One call that updates, and the squared norm of the gradients that it applies."""
-        group, backend, params = bucket.group, bucket.backend, call.params
+        group, backend = bucket.group, bucket.backend
+        params, geometries = list(map(local, call.params)), self._geometries(call.params)
         grads = [bucket.grads[i] for i in call.places]
+        # of several copies of the same entries, one counts
+        mine = [i for i, p in enumerate(call.params) if not self._shards or self._shards.is_counted(p)]
 
         def column(key: str) -> list[Tensor]:
             return [state[key] for state in states] if key in states[0] else []
@@ -866,7 +895,8 @@ class MaskedAdamW(SurvivingOptimizer):
                     found_inf=_moved_to(params[0], found_inf),
                 )  # fmt: skip
 
-            return update_indexed, lambda: backend.norm(grads, indices=None if listed else indices)
+            counted = None if listed else [indices[i] for i in mine]
+            return update_indexed, lambda: backend.norm([grads[i] for i in mine], indices=counted)
         selection: dict[str, Any] = {}
         observation: dict[str, Any] = {}
         rescale, rounding = 1.0, None
@@ -899,10 +929,21 @@ class MaskedAdamW(SurvivingOptimizer):
             backend.adamw_(
                 params, grads, *moments, column("step"), **hyper, **selection, **observation,
                 grad_scale=_moved_to(params[0], grad_scale), unselected=self.unselected, rescale=rescale,
-                rounding=rounding, found_inf=_moved_to(params[0], found_inf),
+                rounding=rounding, found_inf=_moved_to(params[0], found_inf), geometries=geometries,
             )  # fmt: skip
 
-        return update, lambda: backend.norm(grads, **selection) * rescale**2
+        def squared_norm() -> Tensor:
+            chosen = dict(selection)
+            if "bits" in chosen:
+                chosen["bits"] = [chosen["bits"][i] for i in mine]
+            if "seeded" in chosen:
+                keys = chosen["seeded"].keys
+                chosen["seeded"] = chosen["seeded"]._replace(keys=[keys[i] for i in mine])
+            places = None if geometries is None else [geometries[i] for i in mine]
+            norm: Tensor = backend.norm([grads[i] for i in mine], geometries=places, **chosen)
+            return norm * rescale**2
+
+        return update, squared_norm
 
     def _clip(self, squared_norms: list[Callable[[], Tensor]]) -> Tensor:
         """The factor that brings the norm of everything that is applied down to `max_grad_norm`."""
@@ -913,6 +954,8 @@ class MaskedAdamW(SurvivingOptimizer):
             if parts
             else torch.zeros(())
         )
+        if self._shards:
+            total = self._shards.add_up(total.square()).sqrt()
         return (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
 
     def _mask(self, p: Tensor, group: dict[str, Any], *, observing: bool, draw: int) -> Mask:
@@ -950,7 +993,7 @@ class MaskedAdamW(SurvivingOptimizer):
                 # a complex parameter keeps complex moments, as in torch
                 dtype = p.dtype if p.is_complex() or self.state_dtype is None else self.state_dtype
                 fresh = torch.zeros_like(
-                    p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+                    local(p), dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
                 )
             state["exp_avg"], state["exp_avg_sq"] = fresh, fresh.clone()
         match_dtype(p, state)
@@ -1064,11 +1107,38 @@ class MaskedAdamW(SurvivingOptimizer):
             self._in_graphs = next(_numbers)
             _IN_GRAPHS[self._in_graphs] = self
 
+    # parameters that are spread over processes
+
+    @property
+    def _shards(self) -> Shards | None:
+        """What this process holds of DTensors, where there are any."""
+        if not self._is_sharded:
+            return None
+        if self._sharding is None or self._sharding[0] is not self._known:
+            from .integrations.distributed import Shards
+
+            self._sharding = (self._known, Shards(self._once, self._name))
+        return self._sharding[1]
+
+    def _geometries(self, params: Sequence[Tensor]) -> list[tuple[int, int, int]] | None:
+        return [self._shards.geometry(p) for p in params] if self._shards else None
+
+    def _among_ranks(self, params: Sequence[Tensor]) -> dict[str, Any]:
+        """How a selection among these parameters counts where others hold parts of them."""
+        shards = self._shards
+        return {"reduce": shards.add_up, "counted": list(map(shards.is_counted, params))} if shards else {}
+
     # gradients that are released
 
     def _watch_gradients(self) -> None:
         if not self.release_gradients:
             return
+        sharded = next(filter(is_dtensor, self._once), None)
+        if sharded is not None:
+            raise NotImplementedError(
+                "release_gradients=True needs whole parameters in this version, got a DTensor for "
+                f"{self._name(sharded)!r}; leave it out, or use DistributedDataParallel."
+            )
         if self.gradient_release is None:
             self.gradient_release = GradientRelease(self)
         self.gradient_release.watch(self._masked_parameters())
@@ -1224,6 +1294,11 @@ class MaskedAdamW(SurvivingOptimizer):
                 f"name must be that of a named parameter of this optimizer that is masked, got {name!r}; "
                 "pass model.named_parameters()."
             )
+        if is_dtensor(p):
+            raise NotImplementedError(
+                f"set_count() needs whole parameters in this version, got a DTensor for {name!r}; use "
+                "DPSAdamW(variant='dense'), or DistributedDataParallel."
+            )
         if not isinstance(count, Tensor):
             raise TypeError(f"count must be a tensor, got {count!r}; write torch.tensor(...).")
         try:
@@ -1339,7 +1414,8 @@ class MaskedAdamW(SurvivingOptimizer):
         still to be made.
 
         All False before the first update, while a schedule trains nothing, and for a parameter that never had
-        a gradient. A parameter without a gradient in the last update counts as if it had had one.
+        a gradient. A parameter without a gradient in the last update counts as if it had had one. Of a
+        DTensor it is a DTensor, with the parameter's placements.
 
         Raises:
             ValueError: for a tensor that is not a parameter of this optimizer.
@@ -1354,14 +1430,21 @@ class MaskedAdamW(SurvivingOptimizer):
                 "pass the object that the model holds."
             )
         mask = self._next_mask(param, group) if upcoming else self._last_mask(param, group)
+        held = local(param.detach())
+        selected = torch.full((held.numel(),), mask is EVERYTHING, device=held.device)
         if isinstance(mask, Bits):
-            return unpack_bits(mask.bits, param.numel()).view(param.shape)
-        selected = torch.full((param.numel(),), mask is EVERYTHING, device=param.device)
-        if isinstance(mask, Indexed):
+            selected = unpack_bits(mask.bits, held.numel())
+        elif isinstance(mask, Indexed):
             selected[mask.indices.long()] = True
         elif isinstance(mask, Seeded):
-            selected = seeded_mask(_draws(mask, [mask.key]), 0, param.numel(), whole(param), param.device)
-        return selected.view(param.shape)
+            geometry = self._shards.geometry(param) if self._shards else whole(param)
+            selected = seeded_mask(_draws(mask, [mask.key]), 0, held.numel(), geometry, held.device)
+        selected = selected.view(held.shape)
+        if is_dtensor(param):
+            from .integrations.distributed import spread_like
+
+            return spread_like(param, selected)
+        return selected
 
     def _last_mask(self, p: Tensor, group: dict[str, Any]) -> Mask:
         clock = self._number("clock")
@@ -1387,9 +1470,15 @@ class MaskedAdamW(SurvivingOptimizer):
         return self._mask(p, group, observing=observing, draw=self._draw())
 
     def density(self) -> float:
-        """The share of all entries in this optimizer that the last update trained."""
+        """The share of all entries in this optimizer that the last update trained.
+
+        With DTensors it is that of all processes, which have to ask together.
+        """
         params = list(self._all_names())
-        trained = sum(int(self.mask(p).sum()) for p in params)
+        mine = [p for p in params if not self._shards or self._shards.is_counted(p)]
+        trained = sum(int(local(self.mask(p)).sum()) for p in mine)
+        if self._shards:
+            trained = int(self._shards.add_up(torch.tensor(trained)))
         return float(trained / max(1, sum(p.numel() for p in params)))
 
     def state_bytes(self) -> int:
@@ -1423,6 +1512,11 @@ class MaskedAdamW(SurvivingOptimizer):
         """As in torch; every tensor has the dtype that it has while training."""
         self._finish_waiting()
         self._read_clocks()
+        if self._shards and any(self.state.values()):
+            raise NotImplementedError(
+                "state of sharded parameters cannot be saved in this version, got DTensors; save the model, "
+                "or train with DistributedDataParallel, whose checkpoints are whole."
+            )
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1518,10 +1612,10 @@ class MaskedAdamW(SurvivingOptimizer):
         assert p.grad is not None
         if p.grad.layout is not torch.strided:
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        if is_dtensor(p):
-            raise NotImplementedError(
-                f"parameters must be plain tensors in this version, got a DTensor for {self._name(p)!r}; "
-                "use DistributedDataParallel instead of sharding."
+        if is_dtensor(p) != is_dtensor(p.grad):
+            raise RuntimeError(
+                f"a parameter and its gradient must be spread alike, got {type(p.grad).__name__} for "
+                f"{self._name(p)!r}, a {type(p).__name__}; make it with distribute_tensor()."
             )
         masked = group["masked"] and self.policy is not None and not self.policy.trains_everything
         state = self.state.get(p, {})

@@ -209,6 +209,7 @@ class TopK:
         as_bits: bool,
         geometries: Sequence[Geometry] | None = None,
         reduce: Reduce = lambda counts: counts,
+        counted: Sequence[bool] | None = None,
         first_counts: Tensor | None = None,
     ) -> list[Mask]:
         """The masks of the selected entries, by radix histograms: no sort, and no copy of the scores.
@@ -217,13 +218,19 @@ class TopK:
             statistics: one tensor per parameter, in the order that breaks ties.
             as_bits: `Bits` rather than `Indexed` masks.
             reduce: sums int64 counts over ranks.
+            counted: whether this rank counts a tensor, of which others may hold a copy; None: all of them.
             first_counts: what `accumulate_` counted of these very statistics, int64 [rows, 2048]; None counts
                 here.
 
         Raises:
             RuntimeError: when fewer finite scores than k are left, or a global k is 0.
         """
-        selection = _Selection(statistics, backend, self.statistic.absolute, self.scope, geometries, reduce)
+        mine = [
+            s if counts else s.flatten()[:0] for s, counts in zip(statistics, counted or (), strict=False)
+        ]
+        selection = _Selection(
+            mine or statistics, backend, self.statistic.absolute, self.scope, geometries, reduce
+        )
         cuts = selection.cuts(self.density, self.cut, first_counts)
         masks = backend.compact(
             statistics, cuts=cuts, as_bits=as_bits, absolute=self.statistic.absolute, geometries=geometries

@@ -58,6 +58,7 @@ class SurvivingOptimizer(Optimizer):
     _names: dict[Tensor, str] | None = None
     _known: list[list[Tensor]]
     _once: list[Tensor]  # every parameter, in order
+    _is_sharded: bool  # whether any is spread over processes
 
     @abstractmethod
     def _masking(self) -> str:
@@ -135,6 +136,7 @@ class SurvivingOptimizer(Optimizer):
     def _remember_parameters(self) -> None:
         self._known = [list(group["params"]) for group in self.param_groups]
         self._once = list(dict.fromkeys(p for known in self._known for p in known))
+        self._is_sharded = any(map(is_dtensor, self._once))
         self._names = None
 
     def _follow_swapped_parameters(self) -> None:
@@ -350,7 +352,7 @@ def match_dtype(p: Tensor, state: dict[str, Any]) -> None:
 def make_master(p: Tensor, state: dict[str, Any]) -> None:
     """Give the selected entries of a low-precision parameter a float32 value of their own."""
     if p.dtype != compact_dtype(p):
-        state["master"] = p.detach().reshape(-1)[state["indices"].long()].to(compact_dtype(p))
+        state["master"] = local(p.detach()).reshape(-1)[state["indices"].long()].to(compact_dtype(p))
 
 
 def compact_dtype(p: Tensor) -> torch.dtype:
@@ -360,6 +362,14 @@ def compact_dtype(p: Tensor) -> torch.dtype:
 
 def step_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: a view of its shard, or all of it."""
+    if not is_dtensor(tensor):
+        return tensor
+    shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return shard
 
 
 def is_dtensor(tensor: Tensor) -> bool:
