@@ -130,8 +130,8 @@ class MaskedAdamW(SurvivingOptimizer):
         statistic_device: "cpu" keeps statistics in the host's memory, and selects there; None: where the
             parameter is.
         foreach, fused: for compatibility. `foreach` and `fused=False` run the reference backend, `fused=True`
-            demands an accelerated one, counts steps on the device, and takes what a `GradScaler` finds there
-            without waiting for it.
+            demands an accelerated one, counts steps on the device, and takes what a `GradScaler` finds there,
+            without waiting for it once steps repeat (as for `capturable`).
         capturable: count everything on the device, so that a CUDA graph can capture steps. Within one phase
             only: dense, `Bernoulli` with `every=1`, or a `TopK` whose schedule has observed for the last
             time; random masks are drawn anew at each replay.
@@ -357,15 +357,25 @@ class MaskedAdamW(SurvivingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        places = [i for i, p in enumerate(self._once) if p.grad is not None]
-        params = [self._once[i] for i in places]
-        with torch.no_grad():
-            torch.ops.sparse_optim.step_(params, [p.grad for p in params], places, self._in_graphs)
+        # not those of the last step, of which somebody may have replaced some
+        once = list(dict.fromkeys(p for params in self._lists for p in params))
+        places = [i for i, p in enumerate(once) if p.grad is not None]
+        params = [once[i] for i in places]
+        # not under no_grad, which a graph that raises would not switch off again: the operator sees to it
+        torch.ops.sparse_optim.step_(params, [p.grad for p in params], places, self._in_graphs)
         return loss
 
     @torch.no_grad()
     def _step_on(self, values: list[Tensor], grads: list[Tensor], places: list[int]) -> None:
         """A step on the parameters at these places, whose values and gradients are in a compiled graph."""
+        groups = [group["params"] for group in self.param_groups]
+        if list(map(id, groups)) != list(map(id, self._lists)):
+            self._follow_swapped_parameters()
+            self._remember_parameters()
+            raise RuntimeError(
+                "a compiled step must know its parameters, got groups whose lists were replaced since the "
+                "last step; call it again."
+            )
         self._follow_swapped_parameters()
         params = [self._once[i] for i in places]
         kept = [p.grad for p in self._once]
@@ -410,6 +420,8 @@ class MaskedAdamW(SurvivingOptimizer):
         observing = policy is not None and self._number("phase") % 2 == 0
         if policy is not None and observing and policy.schedule.observe is None:
             self.select()
+            # what was selected has changed the calls that update
+            buckets = self._buckets()
             observing = False
         if policy is not None and observing:
             masked = [bucket for bucket in buckets if bucket.group["masked"]]
@@ -465,7 +477,13 @@ class MaskedAdamW(SurvivingOptimizer):
                 "optimizer.gradient_release.remove() before the capture."
             )
         for bucket in buckets:
-            fresh = [p for p in bucket.params if not self.state.get(p)]
+            # what never was observed never trains, and never has state
+            fresh = [
+                p
+                for p in bucket.params
+                if not self.state.get(p)
+                and self._mask(p, bucket.group, observing=False, draw=0) is not NOTHING
+            ]
             if fresh or bucket.params[0].device not in self._clocks:
                 raise RuntimeError(
                     f"a captured step needs state that is there, got none for "
@@ -747,7 +765,7 @@ class MaskedAdamW(SurvivingOptimizer):
     def _idle_group(self, selected: Mapping[Tensor, Mask]) -> str:
         """What there is to say of a group in which nothing was selected."""
         for number, group in enumerate(self.param_groups):
-            masks = [(p, selected[p]) for p in group["params"] if p in selected]
+            masks = [(p, selected[p]) for p in group["params"] if p in selected and p.numel()]
             if masks and not any(_selects(mask) for _, mask in masks):
                 return (
                     f"nothing was selected in parameter group {number} ({len(masks)} parameters, "
@@ -1021,8 +1039,8 @@ class MaskedAdamW(SurvivingOptimizer):
         if self._replayed and self._clocks:
             clock = int(next(iter(self._clocks.values())))
             self._set_numbers(clock=clock)
-            if isinstance(self.policy, Bernoulli) and clock:
-                self._set_numbers(draw=self.policy.draw(clock - 1, self._number("epoch")))
+            if isinstance(self.policy, Bernoulli):
+                self._set_numbers(draw=self.policy.draw(max(clock - 1, 0), self._number("epoch")))
 
     def _advance(self, found_inf: Tensor | None) -> None:
         """Count one applied step; none where an infinity was found, which only the device knows."""
@@ -1197,6 +1215,7 @@ class MaskedAdamW(SurvivingOptimizer):
 
     # observing and looking
 
+    @_disable_dynamo
     @torch.no_grad()
     def observe(self, *, grad_scale: float | Tensor | None = None) -> None:
         """Add the gradients that the parameters hold now to the statistic of an explicit schedule.
@@ -1214,10 +1233,14 @@ class MaskedAdamW(SurvivingOptimizer):
                 that is not positive.
         """
         self._require_explicit("observe")
-        if grad_scale is not None and not 0 < float(grad_scale) < float("inf"):
-            raise ValueError(
-                f"grad_scale must be positive and finite, got {float(grad_scale)!r}; pass scaler.get_scale()."
-            )
+        if grad_scale is not None:
+            one = isinstance(grad_scale, Tensor) and grad_scale.numel() == 1
+            number = isinstance(grad_scale, int | float) and not isinstance(grad_scale, bool)
+            if not (one or number) or not 2**-126 <= float(grad_scale) < float("inf"):
+                raise ValueError(
+                    "grad_scale must be one number, positive and finite in float32, got "
+                    f"{grad_scale!r}; pass scaler.get_scale()."
+                )
         if self._selecting_policy is None:
             return
         self._read_clocks()
@@ -1247,6 +1270,7 @@ class MaskedAdamW(SurvivingOptimizer):
         phase = self._number("phase")
         self._set_numbers(phase=phase + phase % 2)
 
+    @_disable_dynamo
     @torch.no_grad()
     def select(self) -> None:
         """Select entries by what was observed explicitly; called again after more `observe()`, select anew.
@@ -1392,6 +1416,7 @@ class MaskedAdamW(SurvivingOptimizer):
                 "with observe=n the first n calls of step() observe by themselves."
             )
 
+    @_disable_dynamo
     def new_epoch(self, epoch: int | None = None) -> None:
         """Say that an epoch begins, the first included: a policy with `every="epoch"` then draws, or goes on
         a stage.
@@ -1406,6 +1431,7 @@ class MaskedAdamW(SurvivingOptimizer):
             raise ValueError(f"epoch must be an integer from 0 on, got {epoch!r}; None counts by itself.")
         self._set_numbers(epoch=self._number("epoch") + 1 if epoch is None else epoch + 1)
 
+    @_disable_dynamo
     @torch.no_grad()
     def mask(self, param: Tensor, *, upcoming: bool = False) -> Tensor:
         """Which entries of a parameter the last update trained: bool, in the parameter's shape.
@@ -1469,6 +1495,7 @@ class MaskedAdamW(SurvivingOptimizer):
                 return NOTHING
         return self._mask(p, group, observing=observing, draw=self._draw())
 
+    @_disable_dynamo
     def density(self) -> float:
         """The share of all entries in this optimizer that the last update trained.
 

@@ -57,6 +57,7 @@ class SurvivingOptimizer(Optimizer):
     _clocks: dict[torch.device, Tensor]
     _names: dict[Tensor, str] | None = None
     _known: list[list[Tensor]]
+    _lists: list[list[Tensor]]  # the groups' own, which others may edit
     _once: list[Tensor]  # every parameter, in order
     _is_sharded: bool  # whether any is spread over processes
 
@@ -135,6 +136,7 @@ class SurvivingOptimizer(Optimizer):
 
     def _remember_parameters(self) -> None:
         self._known = [list(group["params"]) for group in self.param_groups]
+        self._lists = [group["params"] for group in self.param_groups]
         self._once = list(dict.fromkeys(p for known in self._known for p in known))
         self._is_sharded = any(map(is_dtensor, self._once))
         self._names = None

@@ -187,7 +187,12 @@ def test_a_step_with_a_schedule_compiles_around_the_wrapper_of_the_schedule(comp
 def test_a_training_step_compiles_as_a_whole(compiled):
     """What happens to a parameter in the graph before the step, and after it, stays in order."""
     runs = []
-    for compile_ in (lambda function: function, compiled):
+    # the last lets the step work on copies of parameters, and stores them at its end
+    for compile_ in (
+        lambda function: function,
+        compiled,
+        lambda function: compiled(function, backend="aot_eager"),
+    ):
         model, average = small_model(), [torch.zeros_like(p) for p in small_model().parameters()]
         optimizer = optimizer_of(model, POLICIES["bernoulli"])
 
@@ -205,7 +210,94 @@ def test_a_training_step_compiles_as_a_whole(compiled):
             give_gradients(model, number)
             step()
         runs.append([*weights(model), *average])
+    assert equal(runs[0], runs[1])
+    assert equal(runs[0], runs[2])
+
+
+def test_gradients_are_the_same_objects_after_a_compiled_step(compiled):
+    model = small_model()
+    optimizer = optimizer_of(model, POLICIES["bernoulli"])
+    step = compiled(lambda: optimizer.step())
+    for number in range(3):
+        give_gradients(model, number)
+        if number == 2:
+            optimizer.param_groups[0]["betas"] = (0.9, None)
+        before, gradients = weights(model), [p.grad for p in model.parameters()]
+        if number == 2:
+            with pytest.raises((TypeError, RuntimeError)):
+                step()
+            assert torch.is_grad_enabled()
+        else:
+            step()
+        assert all(p.grad is grad for p, grad in zip(model.parameters(), gradients, strict=True))
+    assert equal(weights(model), before)
+
+
+@pytest.mark.parametrize("former", ["without_a_gradient", "with_its_gradient"])
+def test_a_compiled_step_trains_a_parameter_that_took_the_place_of_another(compiled, former):
+    runs = []
+    for compile_ in (lambda function: function, compiled):
+        model = small_model()
+        optimizer = optimizer_of(model, POLICIES["dense"])
+        step = compile_(lambda optimizer=optimizer: optimizer.step())
+        for number in range(5):
+            if number == 2:
+                old, model[0].weight = model[0].weight, nn.Parameter(model[0].weight.detach() * 5)
+                optimizer.param_groups[0]["params"][0] = model[0].weight
+                if former == "without_a_gradient":
+                    old.grad = None
+            if number == 3:
+                optimizer.param_groups[0]["params"].append(extra := nn.Parameter(torch.ones(3)))
+                optimizer.param_groups[0]["param_names"].append("extra")
+            give_gradients(model, number)
+            if number >= 3:
+                extra.grad = torch.ones(3)
+            step()
+        runs.append([*weights(model), extra.detach()])
     assert equal(*runs)
+
+
+def test_groups_with_other_lists_are_noticed_by_a_compiled_step(compiled):
+    model = small_model()
+    optimizer = optimizer_of(model, POLICIES["dense"])
+    step = compiled(lambda: optimizer.step())
+    give_gradients(model, 0)
+    step()
+    before = weights(model)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.raises(
+        RuntimeError, match=r"^a compiled step must know its parameters, got .*; call it again"
+    ):
+        step()
+    assert equal(weights(model), before)
+    step()
+    assert not equal(weights(model), before)
+
+
+def test_what_says_and_asks_beside_a_compiled_step_is_heard(compiled):
+    runs = []
+    for compile_ in (lambda function: function, lambda function: compiled(function, fullgraph=False)):
+        model, seen = small_model(), []
+        optimizer = optimizer_of(model, {"policy": Bernoulli(0.3, every="epoch")})
+
+        def step(optimizer=optimizer, model=model, seen=seen):
+            optimizer.new_epoch()
+            optimizer.step()
+            seen.append(optimizer.mask(model[0].weight))
+            return optimizer.density()
+
+        step, densities = compile_(step), []
+        for number in range(3):
+            give_gradients(model, number)
+            densities.append(step())
+        runs.append([*weights(model), *seen, torch.tensor(densities)])
+    assert equal(*runs)
+
+
+def test_no_graph_is_replayed_without_asking_the_host():
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip("this torch has no such tag")
+    assert torch.Tag.cudagraph_unsafe in torch.ops.sparse_optim.step_.default.tags
 
 
 # torch looks at what it traces
@@ -405,7 +497,7 @@ def test_a_checkpoint_loads_wherever_its_steps_are_counted(options):
 # --- a GradScaler that does not wait ----------------------------------------------------------------------
 
 
-def scaled_run(options, *, infinities=(), dtype=torch.float32, unscale=False, **more):
+def scaled_run(options, *, infinities=(), dtype=torch.float32, unscale=False, look=True, **more):
     model = small_model(dtype)
     optimizer = optimizer_of(model, options, **more)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
@@ -419,7 +511,8 @@ def scaled_run(options, *, infinities=(), dtype=torch.float32, unscale=False, **
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-        masks += [optimizer.mask(p) for p in model.parameters()]
+        if look or number == 6:
+            masks += [optimizer.mask(p) for p in model.parameters()]
     return model, optimizer, masks, scaler
 
 
@@ -428,7 +521,8 @@ def scaled_run(options, *, infinities=(), dtype=torch.float32, unscale=False, **
 @every_method
 def test_what_a_scaler_leaves_to_the_step_ends_as_what_it_does_itself(options, infinities, unscale):
     # both on the same switches but for where infinities are looked at
-    alike = {"infinities": infinities, "unscale": unscale}
+    # looking at masks brings the host up to date, and must not be needed
+    alike = {"infinities": infinities, "unscale": unscale, "look": not infinities}
     model, optimizer, masks, scaler = scaled_run(options, **alike)
     assert not optimizer._step_supports_amp_scaling
     other, flagged, own_masks, own_scaler = scaled_run(options, **alike, capturable=True)
@@ -453,6 +547,23 @@ def test_fused_is_what_torch_calls_a_step_that_supports_scaling():
     optimizer = optimizer_of(model, {"policy": released}, release_gradients=True, capturable=True)
     # whole gradients are checked before they are released, by the scaler itself
     assert not optimizer._step_supports_amp_scaling
+
+
+@pytest.mark.skipif(backends.available() == ("reference",), reason="needs an accelerated backend")
+def test_fused_steps_are_counted_in_float32_as_in_torch(monkeypatch):
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        counts = []
+        for make in (MaskedAdamW, torch.optim.AdamW):
+            p = nn.Parameter(torch.ones(3))
+            p.grad = torch.ones(3)
+            optimizer = make([p], fused=True)
+            optimizer.step()
+            counts.append(optimizer.state[p]["step"])
+    finally:
+        torch.set_default_dtype(default)
+    assert counts[0].dtype == counts[1].dtype == torch.float32
 
 
 def test_gradients_are_unscaled_after_the_step_as_in_torch():
@@ -491,12 +602,24 @@ def test_observing_scaled_gradients_is_observing_them_unscaled(statistic):
     assert equal(runs[2], runs[0])
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_scaled_gradients_are_observed_in_float32():
+    p = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    policy = TopK(0.5, statistic=SignedGradient(), schedule=Schedule(observe=None))
+    optimizer = MaskedAdamW([p], policy=policy)
+    p.grad = torch.tensor([1e-4, -3e-4, 2.0, 5e-5], dtype=torch.float16)
+    optimizer.observe(grad_scale=65536.0)
+    assert torch.equal(optimizer.state[p]["statistic"], p.grad.float() / 65536)
+    assert optimizer.state[p]["statistic"].ne(0).all()
+
+
+@pytest.mark.parametrize(
+    "scale", [0.0, -1.0, float("inf"), float("nan"), 1e-40, True, "4", torch.ones(2)], ids=str
+)
 def test_a_scale_that_is_none_is_refused(scale):
     model = small_model()
     optimizer = optimizer_of(model, {"policy": TopK(0.3, schedule=Schedule(observe=None))})
     give_gradients(model, 0)
-    with pytest.raises(ValueError, match=r"^grad_scale must be positive and finite, got .*; pass .*\.$"):
+    with pytest.raises(ValueError, match=r"^grad_scale must be one number, positive .*, got .*; pass .*\.$"):
         optimizer.observe(grad_scale=scale)
     assert not optimizer.state
 
@@ -553,12 +676,40 @@ def test_replays_go_on_from_what_was_loaded(capturing, backend):
                 p.copy_(value)
 
 
+@pytest.mark.skipif(not LEAVES_NUMBERS, reason="needs an accelerated backend")
+def test_a_parameter_that_never_was_observed_does_not_keep_steps_from_capture(capturing):
+    model = small_model()
+    optimizer = optimizer_of(model, POLICIES["top_k_list"], capturable=True)
+    for number in range(5):
+        give_gradients(model, number)
+        if number < 2:
+            model[2].bias.grad = None
+        capturing(number == 4)
+        optimizer.step()
+    capturing(False)
+    assert not optimizer.state[model[2].bias]
+    assert optimizer.state_dict()["param_groups"][0]["clock"] == 5
+
+
+@pytest.mark.skipif(not LEAVES_NUMBERS, reason="needs an accelerated backend")
+def test_a_step_right_after_loading_is_not_captured(capturing):
+    _, trained, _ = run(POLICIES["bernoulli"], torch.float32, steps=2, capturable=True)
+    model = small_model()
+    optimizer = optimizer_of(model, POLICIES["bernoulli"], capturable=True)
+    optimizer.load_state_dict(trained.state_dict())
+    give_gradients(model, 2)
+    capturing(True)
+    with pytest.raises(RuntimeError, match="needs state that is there"):
+        optimizer.step()
+
+
 def test_copies_of_an_optimizer_know_what_was_replayed(capturing):
     model, optimizer, _ = run(POLICIES["bernoulli"], torch.float32, steps=2, capturable=True)
     capturing(True)
     give_gradients(model, 2)
     optimizer.step()
     capturing(False)
+    assert optimizer.state_dict()["param_groups"][0]["clock"] == 3
     twin, other = copy.deepcopy((model, optimizer))
     assert other.param_groups[0]["clock"] == 3
     for each, its_optimizer in ((model, optimizer), (twin, other)):
@@ -572,6 +723,7 @@ def test_copies_of_an_optimizer_know_what_was_replayed(capturing):
     [
         pytest.param(CHANGING["bernoulli_every_2"], 3, "a phase that stays", id="every_2"),
         pytest.param(CHANGING["alternating"], 3, "a phase that stays", id="alternating"),
+        pytest.param(CHANGING["alternating"], 2, "a phase that stays", id="alternating_trains"),
         pytest.param(CHANGING["unfreezing"], 3, "a phase that stays", id="unfreezing"),
         pytest.param(POLICIES["top_k_list"], 1, "a phase that stays", id="still_observing"),
         pytest.param(POLICIES["bernoulli"], 0, "state that is there", id="first_step"),

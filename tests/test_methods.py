@@ -651,6 +651,31 @@ def test_a_missing_new_epoch_is_an_error_that_says_so_before_any_weight_moves(gr
     assert not same_bits(bits_of(*params.values()), before)
 
 
+@pytest.mark.parametrize("unselected", ["frozen", "zero_grad", "track"])
+def test_a_step_that_selects_by_itself_is_a_selection_and_a_step(unselected):
+    """Also where a parameter is observed for the first time in a later round."""
+    runs = []
+    for explicitly in (True, False):
+        params = named({"first": (6, 4), "second": (5,)})
+        policy = TopK(0.5, schedule=Schedule(observe=None))
+        optimizer = MaskedAdamW(params.items(), lr=0.1, policy=policy, unselected=unselected)
+        for number, observed in enumerate((["first"], [], ["first"], [], ["first", "second"], [])):
+            give_gradients(params.values())
+            if observed:
+                kept = {name: p.grad for name, p in params.items()}
+                for name, p in params.items():
+                    p.grad = kept[name] if name in observed else None
+                optimizer.observe()
+                for name, p in params.items():
+                    p.grad = kept[name]
+                if explicitly:
+                    optimizer.select()
+            optimizer.step()
+            assert number < 4 or optimizer.state[params["second"]]["step"] > 0
+        runs.append(bits_of(*params.values()))
+    assert same_bits(*runs)
+
+
 def test_an_epoch_that_is_named_twice_begins_once():
     optimizers = []
     for epochs in ((None, None, None), (0, 0, 1, 1, 1, 2), (None, 1, 2)):

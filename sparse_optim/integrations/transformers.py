@@ -45,7 +45,6 @@ from sparse_optim import (
     TopK,
     param_groups,
 )
-from sparse_optim.gradient_release import ReleasedGradient
 from sparse_optim.nn import WeightMixing
 
 # what Trainer's arguments say already, by the name that they have there
@@ -681,11 +680,12 @@ def _gradient_norms(optimizer: MaskedAdamW) -> dict[str, float]:
         return total
 
     for p in (p for group in optimizer.param_groups for p in group["params"]):
-        if isinstance(p.grad, ReleasedGradient):
+        kept = getattr(p.grad, "kept", None)
+        if kept is not None:
             released = True
             # what went into a statistic trained nothing
-            if p.grad.kept.values is not None:
-                masked.append(squares(p.grad.kept.values))
+            if kept.values is not None:
+                masked.append(squares(kept.values))
         elif p.grad is not None:
             dense.append(squares(p.grad))
             masked.append(squares(p.grad.masked_fill(~optimizer.mask(p), 0)))
