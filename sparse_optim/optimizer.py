@@ -519,11 +519,8 @@ class MaskedAdamW(SurvivingOptimizer):
         if self._plan is None or self._plan.signature != signature:
             self._plan = _Plan(signature, self._plan_buckets(kinds))
         if self._shards:
-            from .integrations.distributed import gradient_of
-
-            grads = [
-                None if grad is None else gradient_of(p, grad) for p, grad in zip(params, grads, strict=True)
-            ]
+            held = self._shards.gradient
+            grads = [None if grad is None else held(p, grad) for p, grad in zip(params, grads, strict=True)]
         return [
             bucket._replace(
                 group=self.param_groups[number],
@@ -638,6 +635,11 @@ class MaskedAdamW(SurvivingOptimizer):
             return
         statistic, backend = self.policy.statistic, self._backend(grads[0].device)
         statistics, nonfinite = self._statistics(params)
+        if any(map(is_dtensor, params)) and statistic.grad_scales(grads[:1]) is not None:
+            raise NotImplementedError(
+                f"{statistic!r} needs whole gradients in this version, got a DTensor for "
+                f"{self._name(params[0])!r}; use a statistic without clip_norm, as with fidelity='paper'."
+            )
         parts: list[tuple[list[int], dict[str, Any]]] = [(list(range(len(params))), {})]
         if self.statistic_dtype == torch.bfloat16:
             parts = self._rounded_parts(params)
@@ -750,7 +752,8 @@ class MaskedAdamW(SurvivingOptimizer):
             geometries=self._geometries(observed),
             **self._among_ranks(observed),
         )
-        flags = torch.stack([self.state[p]["nonfinite"].to(observed[0].device) for p in observed]).tolist()
+        raised = torch.stack([self.state[p]["nonfinite"].to(observed[0].device) for p in observed]).int()
+        flags = (self._shards.add_up(raised) if self._shards else raised).tolist()
         spoiled = [p for p, flag in zip(observed, flags, strict=True) if flag]
         warning = ""
         if spoiled:
@@ -764,12 +767,15 @@ class MaskedAdamW(SurvivingOptimizer):
 
     def _idle_group(self, selected: Mapping[Tensor, Mask]) -> str:
         """What there is to say of a group in which nothing was selected."""
-        for number, group in enumerate(self.param_groups):
-            masks = [(p, selected[p]) for p in group["params"] if p in selected and p.numel()]
-            if masks and not any(_selects(mask) for _, mask in masks):
+        groups = [[p for p in group["params"] if p in selected and p.numel()] for group in self.param_groups]
+        idle = torch.tensor([not any(_selects(selected[p]) for p in group) for group in groups])
+        if self._shards:
+            idle = self._shards.add_up(1 - idle.int()) == 0
+        for number, (group, is_idle) in enumerate(zip(groups, idle.tolist(), strict=True)):
+            if group and is_idle:
                 return (
-                    f"nothing was selected in parameter group {number} ({len(masks)} parameters, "
-                    f"{self._name(masks[0][0])!r} the first), which does not train now; raise density, or "
+                    f"nothing was selected in parameter group {number} ({len(group)} parameters, "
+                    f"{self._name(group[0])!r} the first), which does not train now; raise density, or "
                     "give the group masked=False to train it densely."
                 )
         return ""
@@ -935,7 +941,7 @@ class MaskedAdamW(SurvivingOptimizer):
         if accumulating:
             assert isinstance(self.policy, TopK)
             statistic = self.policy.statistic
-            statistics, nonfinite = self._statistics(params)
+            statistics, nonfinite = self._statistics(call.params)
             observation = {
                 "statistics": statistics,
                 "nonfinite": nonfinite,
@@ -1466,11 +1472,7 @@ class MaskedAdamW(SurvivingOptimizer):
             geometry = self._shards.geometry(param) if self._shards else whole(param)
             selected = seeded_mask(_draws(mask, [mask.key]), 0, held.numel(), geometry, held.device)
         selected = selected.view(held.shape)
-        if is_dtensor(param):
-            from .integrations.distributed import spread_like
-
-            return spread_like(param, selected)
-        return selected
+        return self._shards.like(param, selected) if self._shards else selected
 
     def _last_mask(self, p: Tensor, group: dict[str, Any]) -> Mask:
         clock = self._number("clock")

@@ -175,7 +175,6 @@ again = Schedule(observe=2, train=2)
 METHODS = {
     "child_tuning_f": Case(method(ChildTuningAdamW, variant="F", keep=0.4)),
     "child_tuning_d": Case(child_d()),
-    "child_tuning_d_release": Case(child_d(fidelity="release")),
     "child_tuning_d_groups": Case(child_d(groups="child_tuning_d")),
     "dps_dense": Case(dps()),
     "dps_dense_release": Case(dps(fidelity="release")),
@@ -240,10 +239,10 @@ CASES = METHODS | OTHERS
 EVERY_CASE = CASES | FEW | CORNERS | HALVES
 # where the layout makes a difference
 FEWER = ["child_tuning_f", "child_tuning_d", "all_equal", "clipped_list"]
-COUNTING = ["child_tuning_d_release", "dps_dense", "clipped_draws", "not_a_number"]
+COUNTING = ["child_tuning_d", "dps_dense", "clipped_draws", "not_a_number"]
 SOME_OTHERS = ["top_k_again", "all_equal", "all_equal_per_tensor", "bfloat16_bernoulli", "clipped_draws"]
 SOME_OTHERS += ["clipped_list", "not_a_number", "idle_group"]
-SOME = ["child_tuning_f", "child_tuning_d_release", "dps_dense", "second_order_release", *SOME_OTHERS]
+SOME = ["child_tuning_f", "child_tuning_d", "dps_dense", "second_order_release", *SOME_OTHERS]
 
 
 # what an optimizer shows of itself
@@ -567,6 +566,7 @@ REFUSALS = {
     "set_count": refuse_counts,
     "random_scores": functools.partial(refuse_start, RandomScore()),
     "magnitudes": functools.partial(refuse_start, Magnitude()),
+    "clipped_squares": functools.partial(refuse_start, SquaredGradient(clip_norm=1.0)),
 }
 
 
@@ -914,6 +914,7 @@ def test_gradients_that_are_placed_otherwise_count_like_those_placed_as_their_pa
         ("set_count", "count"),
         ("random_scores", "RandomScore"),
         ("magnitudes", "Magnitude"),
+        ("clipped_squares", "clip_norm"),
     ],
 )
 def test_what_does_not_work_on_shards_is_refused_in_one_sentence_with_a_remedy(seen_by, name, part):

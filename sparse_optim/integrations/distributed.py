@@ -27,22 +27,24 @@ class Shards:
         name: of a parameter, for errors.
 
     Raises:
-        NotImplementedError: for parameters over several meshes, and shards that are not one block.
+        NotImplementedError: for parameters over meshes that have no mesh in common, and shards that are not
+            one block.
     """
 
     def __init__(self, params: Sequence[Tensor], name: Callable[[Tensor], str]) -> None:
-        meshes = [p.device_mesh._get_root_mesh() for p in params if isinstance(p, DTensor)]
-        self._mesh: DeviceMesh = meshes[0]
-        if any(mesh != self._mesh for mesh in meshes):
+        meshes = [p.device_mesh for p in params if isinstance(p, DTensor)]
+        # of a part of a mesh, the processes outside of it train something else
+        widest = max(meshes, key=DeviceMesh.size)
+        held = set[int]().union(*map(_ranks, meshes))
+        fitting = [mesh for mesh in (widest, widest._get_root_mesh()) if held <= _ranks(mesh)]
+        if not fitting:
             raise NotImplementedError(
                 "parameters must be spread over one mesh, or parts of one, got "
                 f"{len(set(meshes))} meshes; make all from one init_device_mesh()."
             )
-        self._geometries: dict[Tensor, Geometry] = {}
-        self._counted: dict[Tensor, bool] = {}
-        for p in params:
-            self._geometries[p] = _geometry(p, name)
-            self._counted[p] = self._is_first_copy(p)
+        self._mesh = fitting[0]
+        self._geometries = {p: _geometry(p, name) for p in params}
+        self._counted = {p: self._is_first_copy(p, name) for p in params}
 
     def geometry(self, p: Tensor) -> Geometry:
         """Where the entries that this process holds lie in the full tensor."""
@@ -52,48 +54,60 @@ class Shards:
         """Whether this process, of all that hold the same entries, is the one that counts them."""
         return self._counted[p]
 
-    def add_up(self, number: Tensor) -> Tensor:
+    def add_up(self, numbers: Tensor) -> Tensor:
         """A tensor summed over all processes."""
-        total = number.clone()
+        total = numbers.to(self._mesh.device_type, copy=True)
         for dim in range(self._mesh.ndim):
             if self._mesh.size(dim) > 1:
-                # a GPU's processes talk about what is on GPUs
-                there = total.to(self._mesh.device_type)
-                dist.all_reduce(there, group=self._mesh.get_group(dim))
-                total = there.to(number.device)
-        return total
+                dist.all_reduce(total, group=self._mesh.get_group(dim))
+        return total.to(numbers.device)
 
-    def _is_first_copy(self, p: Tensor) -> bool:
-        names = self._mesh.mesh_dim_names or tuple(map(str, range(self._mesh.ndim)))
-        coordinate = self._mesh.get_coordinate()
-        assert coordinate is not None
-        sharded: set[str] = set()
+    def gradient(self, p: Tensor, grad: Tensor) -> Tensor:
+        """What this process holds of a parameter's gradient."""
+        if not isinstance(p, DTensor) or not isinstance(grad, DTensor):
+            return grad
+        if grad.placements != p.placements:
+            grad = grad.redistribute(p.device_mesh, p.placements)
+        shard: Any = grad.to_local()
+        # one that is still on its way
+        arrived: Tensor = shard.wait() if hasattr(shard, "wait") else shard
+        return arrived
+
+    def like(self, p: Tensor, shard: Tensor) -> Tensor:
+        """What each process holds, put together as the parameter is."""
+        if not isinstance(p, DTensor):
+            return shard
+        return DTensor.from_local(
+            shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+
+    def _is_first_copy(self, p: Tensor, name: Callable[[Tensor], str]) -> bool:
+        everywhere = isinstance(p, DTensor) and _ranks(p.device_mesh) == _ranks(self._mesh)
+        places: list[int] = []  # along what makes copies
         if isinstance(p, DTensor):
-            own = p.device_mesh.mesh_dim_names or names
-            sharded = {
-                name for name, how in zip(own, p.placements, strict=True) if not isinstance(how, Replicate)
-            }
-        return all(place == 0 for name, place in zip(names, coordinate, strict=True) if name not in sharded)
+            own = zip(p.placements, _place(p.device_mesh), strict=True)
+            places += [place for how, place in own if isinstance(how, Replicate)]
+        if not everywhere:
+            names = self._mesh.mesh_dim_names or ()
+            parts = (p.device_mesh.mesh_dim_names or ()) if isinstance(p, DTensor) else ()
+            if not set(parts) <= set(names) or (parts == () and isinstance(p, DTensor)):
+                raise NotImplementedError(
+                    f"the dimensions of a parameter's mesh must be among {names}, got {parts} for "
+                    f"{name(p)!r}; name them in init_device_mesh(), and shard over these."
+                )
+            whole = zip(names or range(self._mesh.ndim), _place(self._mesh), strict=True)
+            places += [place for dim, place in whole if dim not in parts]
+        return not any(places)
 
 
-def gradient_of(p: Tensor, grad: Tensor) -> Tensor:
-    """What this process holds of a gradient."""
-    if not isinstance(p, DTensor) or not isinstance(grad, DTensor):
-        return grad
-    if grad.placements != p.placements:
-        grad = grad.redistribute(p.device_mesh, p.placements)
-    shard: Any = grad.to_local()
-    # one that is still on its way
-    arrived: Tensor = shard.wait() if hasattr(shard, "wait") else shard
-    return arrived
+def _ranks(mesh: DeviceMesh) -> set[int]:
+    return set(mesh.mesh.flatten().tolist())
 
 
-def spread_like(p: Tensor, shard: Tensor) -> Tensor:
-    """A DTensor of what each process holds, spread as the parameter is."""
-    assert isinstance(p, DTensor)
-    return DTensor.from_local(
-        shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-    )
+def _place(mesh: DeviceMesh) -> Sequence[int]:
+    place = mesh.get_coordinate()
+    assert place is not None
+    return place
 
 
 def _geometry(p: Tensor, name: Callable[[Tensor], str]) -> Geometry:
