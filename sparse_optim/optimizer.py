@@ -1295,7 +1295,7 @@ class MaskedAdamW(SurvivingOptimizer):
         self._apply_selection(selected)
         self._set_numbers(phase=self._number("phase") // 2 * 2 + 1)
         if spoiled:
-            warnings.warn(spoiled, stacklevel=3)
+            warnings.warn(spoiled, stacklevel=5)
 
     def set_count(self, name: str, count: Tensor) -> None:
         """Say how often the entries of a parameter took part since observation began.
