@@ -635,11 +635,6 @@ class MaskedAdamW(SurvivingOptimizer):
             return
         statistic, backend = self.policy.statistic, self._backend(grads[0].device)
         statistics, nonfinite = self._statistics(params)
-        if any(map(is_dtensor, params)) and statistic.grad_scales(grads[:1]) is not None:
-            raise NotImplementedError(
-                f"{statistic!r} needs whole gradients in this version, got a DTensor for "
-                f"{self._name(params[0])!r}; use a statistic without clip_norm, as with fidelity='paper'."
-            )
         parts: list[tuple[list[int], dict[str, Any]]] = [(list(range(len(params))), {})]
         if self.statistic_dtype == torch.bfloat16:
             parts = self._rounded_parts(params)
@@ -680,6 +675,11 @@ class MaskedAdamW(SurvivingOptimizer):
         """
         assert isinstance(self.policy, TopK)
         statistic, states = self.policy.statistic, [self.state[p] for p in params]
+        if self._is_sharded and statistic.grad_scales([]) is not None:
+            raise NotImplementedError(
+                f"{statistic!r} needs whole gradients in this version, got DTensors; use a statistic without "
+                "clip_norm, as with fidelity='paper'."
+            )
         for p, state in zip(params, states, strict=True):
             if "statistic" not in state:
                 home = p.device if self.statistic_device is None else self.statistic_device
@@ -884,10 +884,12 @@ class MaskedAdamW(SurvivingOptimizer):
     ) -> tuple[Callable[[Tensor | None, Tensor | None], None], Callable[[], Tensor]]:
         """One call that updates, and the squared norm of the gradients that it applies."""
         group, backend = bucket.group, bucket.backend
-        params, geometries = list(map(local, call.params)), self._geometries(call.params)
+        params, geometries, mine = call.params, None, list(range(len(call.params)))
         grads = [bucket.grads[i] for i in call.places]
-        # of several copies of the same entries, one counts
-        mine = [i for i, p in enumerate(call.params) if not self._shards or self._shards.is_counted(p)]
+        if self._shards:
+            params, geometries = list(map(local, call.params)), self._geometries(call.params)
+            # of several copies of the same entries, one counts
+            mine = [i for i in mine if self._shards.is_counted(call.params[i])]
 
         def column(key: str) -> list[Tensor]:
             return [state[key] for state in states] if key in states[0] else []

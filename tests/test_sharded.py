@@ -552,9 +552,10 @@ def refuse_counts():
     optimizer.set_count("first.weight", torch.ones(2))
 
 
-def refuse_start(statistic):
+def refuse_start(statistic, **schedule):
     named = small()
-    optimizer = MaskedAdamW(named, policy=TopK(0.5, statistic, schedule=Schedule(observe=1)))
+    policy = TopK(0.5, statistic, schedule=Schedule(observe=2, **schedule))
+    optimizer = MaskedAdamW(named, policy=policy)
     ones_for(named)
     optimizer.step()
 
@@ -567,6 +568,9 @@ REFUSALS = {
     "random_scores": functools.partial(refuse_start, RandomScore()),
     "magnitudes": functools.partial(refuse_start, Magnitude()),
     "clipped_squares": functools.partial(refuse_start, SquaredGradient(clip_norm=1.0)),
+    "clipped_squares_of_dps": functools.partial(
+        refuse_start, SquaredGradient(clip_norm=1.0), train=2, meanwhile="everything"
+    ),
 }
 
 
@@ -915,6 +919,7 @@ def test_gradients_that_are_placed_otherwise_count_like_those_placed_as_their_pa
         ("random_scores", "RandomScore"),
         ("magnitudes", "Magnitude"),
         ("clipped_squares", "clip_norm"),
+        ("clipped_squares_of_dps", "clip_norm"),
     ],
 )
 def test_what_does_not_work_on_shards_is_refused_in_one_sentence_with_a_remedy(seen_by, name, part):
