@@ -1453,7 +1453,8 @@ SEEDED_GEOMETRIES = [
 
 @pytest.mark.parametrize("one_word", named(entries=False, whole_tensors=True))
 def test_a_draw_that_a_clock_counts_is_that_of_its_number(backend, one_word):
-    lengths, number = (4096, 1000, 33, 1), (1 << 28) + 77  # beyond what a draw can hold: it begins anew
+    # more than a draw holds, which begins anew, and more than 16 bits of it
+    lengths, number = (4096, 1000, 33, 1), (1 << 28) + 70001
     keys, rng = [3, 4, 5, 2**32 - 1], np.random.default_rng(3)
     grads = [torch.from_numpy(rng.standard_normal(n)).float() for n in lengths]
     clock = torch.tensor(number)
