@@ -274,6 +274,7 @@ def test_groups_with_other_lists_are_noticed_by_a_compiled_step(compiled):
     assert not equal(weights(model), before)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # nor need it
 def test_what_says_and_asks_beside_a_compiled_step_is_heard(compiled):
     runs = []
     for compile_ in (lambda function: function, lambda function: compiled(function, fullgraph=False)):
