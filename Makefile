@@ -88,9 +88,9 @@ measure = status=0; \
 	done; \
 	exit $$status
 
-# The tests of the backends, and of graphs that replay steps, in as many processes as JOBS where pytest-xdist is at hand; what is left of nine minutes
-# is for the measurements, so they come to an end early rather than late. Warnings of versions that constraints.txt
-# does not name are shown, not fatal.
+# The tests of the backends, and of graphs that replay steps, in as many processes as JOBS where pytest-xdist is at
+# hand; what is left of nine minutes is for the measurements, so they come to an end early rather than late. Warnings
+# of versions that constraints.txt does not name are shown, not fatal.
 TESTS ?= tests/test_graphs.py tests/test_triton.py tests/test_backends.py \
 	-k "(triton or cuda or replayed_graph or waits_for_nothing) and not machine_code"
 gpu:

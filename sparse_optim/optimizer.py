@@ -1673,7 +1673,7 @@ def _step_of(params: list[Tensor], grads: list[Tensor], places: list[int], optim
 
 
 # it decides on the host what to do, so that no graph may be replayed without asking it
-_UNSAFE = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+_UNSAFE = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 # kept: its operators end with it
 _LIBRARY: Any = torch.library.Library("sparse_optim", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int optimizer) -> ()", tags=_UNSAFE)

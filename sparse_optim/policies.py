@@ -225,12 +225,10 @@ class TopK:
         Raises:
             RuntimeError: when fewer finite scores than k are left, or a global k is 0.
         """
-        mine = [
-            s if counts else s.flatten()[:0] for s, counts in zip(statistics, counted or (), strict=False)
-        ]
-        selection = _Selection(
-            mine or statistics, backend, self.statistic.absolute, self.scope, geometries, reduce
-        )
+        mine = statistics
+        if counted is not None:
+            mine = [s if counts else s.flatten()[:0] for s, counts in zip(statistics, counted, strict=True)]
+        selection = _Selection(mine, backend, self.statistic.absolute, self.scope, geometries, reduce)
         cuts = selection.cuts(self.density, self.cut, first_counts)
         masks = backend.compact(
             statistics, cuts=cuts, as_bits=as_bits, absolute=self.statistic.absolute, geometries=geometries

@@ -214,11 +214,22 @@ def test_a_training_step_compiles_as_a_whole(compiled):
     assert equal(runs[0], runs[2])
 
 
-def test_gradients_are_the_same_objects_after_a_compiled_step(compiled):
+@pytest.mark.parametrize("scaled_in_the_graph", [False, True])
+def test_gradients_are_the_same_objects_after_a_compiled_step(compiled, scaled_in_the_graph):
     model = small_model()
     optimizer = optimizer_of(model, POLICIES["bernoulli"])
+
+    @torch.no_grad()
+    def scale_and_step():
+        for p in model.parameters():
+            p.grad.mul_(2)
+        optimizer.step()
+
     step = compiled(lambda: optimizer.step())
-    for number in range(3):
+    if scaled_in_the_graph:
+        # what the step then gets are other tensors
+        step = compiled(scale_and_step, backend="aot_eager")
+    for number in range(2 if scaled_in_the_graph else 3):
         give_gradients(model, number)
         if number == 2:
             optimizer.param_groups[0]["betas"] = (0.9, None)
@@ -230,7 +241,7 @@ def test_gradients_are_the_same_objects_after_a_compiled_step(compiled):
         else:
             step()
         assert all(p.grad is grad for p, grad in zip(model.parameters(), gradients, strict=True))
-    assert equal(weights(model), before)
+    assert equal(weights(model), before) != scaled_in_the_graph
 
 
 @pytest.mark.parametrize("former", ["without_a_gradient", "with_its_gradient"])

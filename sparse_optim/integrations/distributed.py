@@ -2,7 +2,8 @@
 
 Each process updates what it holds, in place. Masks are those of the whole model: random ones are drawn by
 where an entry lies in the full tensor, and a selection adds up counts over all processes. Nothing else
-crosses between them, but for one number when gradients are clipped.
+crosses between them, but for what a selection warns of (a flag a parameter and a group), one number when
+gradients are clipped, and gradients that are placed otherwise than their parameters.
 """
 
 from __future__ import annotations
