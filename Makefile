@@ -1,6 +1,7 @@
 # Each of these is the only command needed on a fresh clone: it sets up .venv by itself, and only once.
 #
-#   make test    the whole test suite
+#   make test    the test suite; of cases that take long, a fixed choice of each kind
+#   make test-all  the test suite with every case, which takes three times as long
 #   make demo    fine-tunes a small pre-trained encoder with each method and compares them; ARGS="--quick" is shorter
 #   make lint    ruff, mypy, and clang-format where it is installed
 #   make bench   measures steps, selections and memory on this machine; ARGS="--quick" is a smoke run
@@ -14,7 +15,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint bench gpu clean
+.PHONY: help setup test test-all demo lint bench gpu clean
 
 ifneq ($(filter gpu,$(MAKECMDGOALS)),)
 PYTHON ?= python3
@@ -62,6 +63,9 @@ setup: .venv/built
 test: setup
 	@echo "== the tests, $(JOBS) at a time"
 	$(ONE_THREAD) $(VENV) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-all: ARGS += --every-case
+test-all: test
 
 demo: setup
 	@echo "== the demo"

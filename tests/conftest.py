@@ -1,9 +1,13 @@
 """What every test runs under: one thread, one seed, and memory that nobody has written yet is poison."""
 
 import functools
+import gc
+import math
 import os
 import random
 import sys
+import zlib
+from collections import defaultdict
 
 import numpy
 import pytest
@@ -17,8 +21,45 @@ if not torch.cuda.is_available():
 collect_ignore = ["compiled_kernels.py"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-case", action="store_true", help="run the cases that `one_in` leaves out, too")
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of each test's cases marked `one_in(n)` keep every n-th, always the same ones, in no order of theirs;
+    with `by` the name of a parameter, of those for each of its values.
+    """
+    if config.getoption("--every-case"):
+        return
+    marked = defaultdict(list)
+    for item in items:
+        for mark in item.iter_markers("one_in"):
+            value = item.callspec.params[mark.kwargs["by"]] if mark.kwargs else None
+            marked[item.nodeid.partition("[")[0], mark.args, repr(value)].append(item)
+    left_out = set()
+    for (_, (n,), _), cases in marked.items():
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        left_out.update(cases[math.ceil(len(cases) / n) :])
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_heap():
+    """What collecting and earlier tests have made stays: collecting garbage then does not look through it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def every_case(request):
+    """Whether tests take the time that they like."""
+    return request.config.getoption("--every-case")
 
 
 @pytest.fixture(autouse=True)

@@ -103,7 +103,11 @@ class OnGPU:
         return result.cpu() if isinstance(result, torch.Tensor) else result
 
 
-BACKENDS = [pytest.param((name, CPU), id=name) for name in backends.available(CPU)]
+# Triton's interpreter needs most of the time
+BACKENDS = [
+    pytest.param((name, CPU), id=name, marks=[pytest.mark.one_in(8)] if name == "triton" else [])
+    for name in backends.available(CPU)
+]
 if not emulated.why_not():
     BACKENDS.append(pytest.param(("emulated", CPU), id="cuda_on_cpu"))
 if torch.cuda.is_available():

@@ -35,6 +35,7 @@ def run(path: Path, *arguments: str) -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.one_in(3)
 @needs_model
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0] + " and on")
 def test_every_method_trains(names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -256,6 +256,7 @@ def test_lightning_in_mixed_precision_ends_at_the_weights_of_a_plain_loop(method
     assert everything(module.model, module.ours) == everything(*plain_run(method, autocast=True))
 
 
+@pytest.mark.one_in(2, by="method")
 @every_way
 @every_method
 def test_a_run_that_lightning_resumes_from_any_checkpoint_ends_the_same(tmp_path, method, manual):

@@ -962,6 +962,7 @@ VERBS = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("seed", range(16))
 def test_any_arguments_end_in_a_result_or_an_exception_and_touch_nothing_else(native, seed):
     choose = random.Random(seed)

@@ -278,6 +278,7 @@ def test_a_schedule_that_writes_into_a_tensor_lr_is_followed(method):
     torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.one_in(3, by="method")
 @every_scheduler
 @every_method
 def test_a_run_with_a_schedule_resumes_at_every_step(method, schedule):

@@ -224,6 +224,7 @@ def loop(name, batches, accumulation, accelerated):
 
 # Trainer takes the norm of released gradients for its log, which makes the optimizer speak up
 @pytest.mark.filterwarnings("ignore:the norm of a released gradient")
+@pytest.mark.one_in(2, by="name")
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
 def test_trainer_and_accelerate_end_at_the_weights_of_a_plain_loop(tmp_path, name, accumulation):
@@ -414,6 +415,7 @@ RESUMED = {
 INTERRUPTED = {1: range(1, 8), 2: (1, 2, 3, 5, 6)}
 
 
+@pytest.mark.one_in(2, by="name")
 @pytest.mark.parametrize("accumulation", INTERRUPTED)
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_bit_equal_to_one_that_was_not_interrupted(tmp_path, name, accumulation):
