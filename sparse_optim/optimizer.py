@@ -175,8 +175,11 @@ class MaskedAdamW(SurvivingOptimizer):
         "observe_unit",
         "statistic_dtype",
         "statistic_device",
+        "dense_state_dict",
     )
     gradient_release: GradientRelease | None
+    # whether the state holds names alone
+    _shows: bool = False
     # whether devices may have counted what the host has not
     _replayed: bool = False
     _waiting: Waiting | None = None
@@ -519,7 +522,7 @@ class MaskedAdamW(SurvivingOptimizer):
         if self._plan is None or self._plan.signature != signature:
             self._plan = _Plan(signature, self._plan_buckets(kinds))
         if self._shards:
-            held = self._shards.gradient
+            held = self._shards.held
             grads = [None if grad is None else held(p, grad) for p, grad in zip(params, grads, strict=True)]
         return [
             bucket._replace(
@@ -554,7 +557,8 @@ class MaskedAdamW(SurvivingOptimizer):
     def _is_only_for_show(self, buckets: list[_Bucket]) -> bool:
         """Whether torch.distributed.checkpoint makes this step to see the state: then it counts as none.
 
-        No state yet, every lr 0 and every gradient zero. A policy without statistics gets its moments.
+        No state yet, every lr 0 and every gradient zero. A policy without statistics gets its moments;
+        another the names of all that a checkpoint may bring, until the optimizer is next used.
         """
         if any(isinstance(p, Tensor) for p in self.state) or any(
             bool(g["lr"] != 0) for g in self.param_groups
@@ -565,11 +569,21 @@ class MaskedAdamW(SurvivingOptimizer):
             found = self._shards.add_up(found)
         if found:
             return False
-        mask = EVERYTHING if self._selecting_policy is None else NOTHING
+        self._shows = self._selecting_policy is not None
+        self.dense_state_dict = True
         for bucket in buckets:
             for p in bucket.params:
-                self._start(p, mask, bucket.group["amsgrad"])
+                state = self._start(p, NOTHING if self._shows else EVERYTHING, bucket.group["amsgrad"])
+                if self._shows:
+                    state.update(dict.fromkeys(self._dense_state(p).keys() - state.keys()))
         return True
+
+    def _follow_swapped_parameters(self) -> None:
+        if self._shows:
+            self._shows = False
+            for p in [p for p in self.state if isinstance(p, Tensor)]:
+                del self.state[p]
+        super()._follow_swapped_parameters()
 
     def _require_new_epoch(self) -> None:
         if self._waits_for_epoch:
@@ -673,6 +687,8 @@ class MaskedAdamW(SurvivingOptimizer):
         """The statistics of parameters and their flags for non-finite gradients, begun where there are
         none.
         """
+        if self._shows:
+            self._follow_swapped_parameters()
         assert isinstance(self.policy, TopK)
         statistic, states = self.policy.statistic, [self.state[p] for p in params]
         if self._is_sharded and statistic.grad_scales([]) is not None:
@@ -1543,12 +1559,43 @@ class MaskedAdamW(SurvivingOptimizer):
         """As in torch; every tensor has the dtype that it has while training."""
         self._finish_waiting()
         self._read_clocks()
-        if self._shards and any(self.state.values()):
-            raise NotImplementedError(
-                "state of sharded parameters cannot be saved in this version, got DTensors; save the model, "
-                "or train with DistributedDataParallel, whose checkpoints are whole."
-            )
         return super().state_dict()
+
+    def _dense_form(self, p: Tensor) -> dict[str, torch.dtype | int]:
+        group = next(group for group in self.param_groups if any(p is one for one in group["params"]))
+        policy = self._selecting_policy if group["masked"] else None
+        compact = policy is not None and self._compact
+        wanted = None if p.is_complex() else self.state_dtype
+        moments = compact_dtype(p) if compact else wanted or p.dtype
+        form: dict[str, torch.dtype | int] = {"exp_avg": moments, "exp_avg_sq": moments}
+        if group["amsgrad"]:
+            form["max_exp_avg_sq"] = moments
+        if self._uses_keys:
+            form["key"] = self._tensor_key(p)
+        if policy is None:
+            return form
+        if compact and p.dtype != compact_dtype(p):
+            form["master"] = compact_dtype(p)
+        if compact and (policy.schedule.train is not None or policy.schedule.observe is None):
+            # of entries selected anew
+            form["age"] = torch.int32
+        statistic = self.statistic_dtype or torch.float32
+        if self.statistic_dtype is None and not policy.statistic.begins_at_zero:
+            statistic = policy.statistic.init(p, seed=self._number("seed"), key=self._tensor_key(p)).dtype
+        form |= {"mask": torch.uint8, "statistic": statistic}
+        if self.statistic_dtype == torch.bfloat16:
+            form["roundings"] = 0
+        if policy.statistic.counts:
+            form["count"] = torch.float32
+        if policy.statistic.needs_curvature:
+            form["curvature"] = torch.float32
+        return form
+
+    def _spread(self, p: Tensor, shard: Tensor) -> Tensor:
+        return self._shards.like(p, shard) if self._shards else shard
+
+    def _held(self, p: Tensor, tensor: Tensor) -> Tensor:
+        return self._shards.held(p, tensor) if self._shards else tensor
 
     def __getstate__(self) -> dict[str, Any]:
         """As in `SurvivingOptimizer`, with what devices have counted."""

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from .backends.reference import pack_bits, unpack_bits
+
 # the optimizer's own numbers, equal in every group: so they survive every way of saving
 CLOCK = ("seed", "clock", "phase", "draw", "epoch")
 # words of a constructor that a group cannot override
@@ -52,6 +54,8 @@ class SurvivingOptimizer(Optimizer):
 
     # attributes that the constructor sets, and that copies and pickles keep
     _configuration: ClassVar[tuple[str, ...]] = ()
+    # save every parameter's state in tensors of its shape, the same ones in every phase
+    dense_state_dict: bool = False
     _loading: dict[str, Any] | None = None
     # the clock on each device where steps are counted without the host, 0-dim int64
     _clocks: dict[torch.device, Tensor]
@@ -195,13 +199,63 @@ class SurvivingOptimizer(Optimizer):
                     "DistributedDataParallel, or release_gradients=True to save memory."
                 )
 
+    @abstractmethod
+    def _dense_form(self, p: Tensor) -> dict[str, torch.dtype | int]:
+        """What may belong to a parameter in any phase: the dtypes of tensors, and numbers as they begin."""
+
+    @abstractmethod
+    def _spread(self, p: Tensor, shard: Tensor) -> Tensor:
+        """What each process holds, put together as the parameter is."""
+
+    @abstractmethod
+    def _held(self, p: Tensor, tensor: Tensor) -> Tensor:
+        """What this process holds of a tensor in a parameter's shape."""
+
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; every tensor has the dtype that it has while training."""
+        """As in torch; every tensor has the dtype that it has while training.
+
+        With `dense_state_dict = True`, and always where a parameter is a DTensor, every trainable parameter
+        has an entry of the same tensors in every phase, in its own shape and spread as it is, so that
+        `torch.distributed.checkpoint` can load them into any number of processes.
+        """
         self._follow_swapped_parameters()
-        return super().state_dict()
+        if not (self.dense_state_dict or self._is_sharded):
+            return super().state_dict()
+
+        def make_dense(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            # called first, so that this is the dict that users' own hooks see
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            states = {
+                number: self._dense_state(p)
+                for number, p in zip(numbers, params, strict=True)
+                if p.requires_grad or self.state.get(p)
+            }
+            others = {k: v for k, v in saved["state"].items() if k not in states and not isinstance(k, int)}
+            return {**saved, "state": states | others}
+
+        handle = self.register_state_dict_post_hook(make_dense, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _dense_state(self, p: Tensor) -> dict[str, Any]:
+        step = torch.zeros((), dtype=step_dtype(), device=self._home("step", p))
+        held = local(p.detach())
+        dense = to_dense(
+            {"step": step, **self.state.get(p, {})}, held.shape, held.device, self._dense_form(p)
+        )
+        # what is live stays where it is; what is made for saving waits in the host's memory
+        home = torch.device("cpu") if "parts" in dense else held.device
+        return {
+            key: self._spread(p, value).to(home) if key in _DENSE else value for key, value in dense.items()
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict, of this class or (without a policy) of `torch.optim.AdamW`, keeping every dtype.
+
+        It may be dense or not, and of any number of processes, as long as its tensors are whole or DTensors.
 
         How the arithmetic runs (`foreach`, `fused`, `capturable`, `differentiable`) stays as constructed.
 
@@ -211,7 +265,7 @@ class SurvivingOptimizer(Optimizer):
         """
         self._follow_swapped_parameters()
 
-        def capture(_: Optimizer, final: dict[str, Any]) -> None:
+        def capture(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             # registered last, so that this is the dict that users' own hooks have left
             for saved in final["param_groups"]:
                 masking = saved.get("masking", "policy=None")
@@ -226,12 +280,20 @@ class SurvivingOptimizer(Optimizer):
                         f"saved {misfits[0]} must be an integer, got {saved[misfits[0]]!r}; load an "
                         "unchanged state dict."
                     )
-            pairs = self._saved_states(final)
-            for p, state in pairs:
+            for p, state in self._saved_states(final):
                 if state:
                     check_saved_state(self._name(p), p, state)
-            self._check_saved_masks(final, pairs)
+            saved = [number for group in final["param_groups"] for number in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            kept = {
+                number: self._own_state(p, final["state"][number])
+                for number, p in zip(saved, params, strict=False)
+                if number in final["state"]
+            }
+            final = {**final, "state": final["state"] | kept}
+            self._check_saved_masks(final, self._saved_states(final))
             self._loading = final
+            return final
 
         handle = self.register_load_state_dict_pre_hook(capture)
         try:
@@ -269,6 +331,20 @@ class SurvivingOptimizer(Optimizer):
             clock.fill_(self._number("clock"))
         self._remember_parameters()
 
+    def _own_state(self, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's saved state as this optimizer keeps it, and of that what this process holds."""
+        if is_dtensor(p):
+            if "parts" not in saved and not {"indices", "bits", "statistic"}.isdisjoint(saved):
+                # of a whole parameter
+                saved = to_dense(saved, p.shape, torch.device("cpu"), {"mask": torch.uint8})
+            saved = {key: self._held(p, value) if key in _DENSE else value for key, value in saved.items()}
+        if "parts" in saved:
+            return from_dense(saved)
+        if (self.dense_state_dict or self._is_sharded) and set(saved) <= _OF_ALL and not saved["step"]:
+            # moments that no step has made yet
+            return {key: saved[key] for key in ("step", "key") if "key" in saved}
+        return saved
+
     def _restore_dtypes(self, final: dict[str, Any]) -> None:
         for p, state in self._saved_states(final):
             for key, value in state.items():
@@ -292,6 +368,75 @@ class SurvivingOptimizer(Optimizer):
 
 
 _PER_ENTRY = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "age", "statistic", "curvature")
+# those that are kept for selected entries only, where these are listed
+_LISTED = _PER_ENTRY[:5]
+_DENSE = (*_PER_ENTRY, "count", "mask")
+# which of them there are is a bit each of a dense state's `parts`
+_PARTS = ("exp_avg", "indices", "bits", "age", "statistic", "count", "curvature")
+_GO_ALONG = {"exp_avg_sq": "exp_avg", "max_exp_avg_sq": "exp_avg", "master": "exp_avg"}
+# the state of a parameter that nothing is selected of
+_OF_ALL = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "key"}
+_SELECTED, _NONFINITE = 1, 2
+
+
+def to_dense(
+    state: Mapping[str, Any], shape: torch.Size, device: torch.device, form: Mapping[str, torch.dtype | int]
+) -> dict[str, Any]:
+    """A parameter's state in tensors of its shape, all that `form` names; see `from_dense`.
+
+    `mask` is a byte an entry, 1 where it is selected, plus 2 in all of a shard whose gradients were not all
+    finite. `parts` says what of this the state really had.
+    """
+    numel, indices, bits = shape.numel(), state.get("indices"), state.get("bits")
+    numbers = {key: value for key, value in form.items() if not isinstance(value, torch.dtype)}
+    dense = {key: value for key, value in (numbers | dict(state)).items() if value is not None}
+    for key, dtype in form.items():
+        if key not in dense and isinstance(dtype, torch.dtype):
+            dense[key] = torch.zeros(shape, dtype=dtype, device=device)
+    if "mask" not in form:
+        return dense
+    for key in _DENSE:
+        if key in state and state[key] is not None:
+            value = state[key].to(device)
+            if indices is not None and key in _LISTED:
+                value = value.new_zeros(numel).index_copy_(0, indices.to(device).long(), value).view(shape)
+            dense[key] = value.expand(shape)
+    mask = torch.zeros(numel, dtype=torch.uint8, device=device)
+    if indices is not None:
+        mask[indices.to(device).long()] = _SELECTED
+    elif bits is not None:
+        mask += unpack_bits(bits.to(device), numel)
+    if bool(state.get("nonfinite", False)):
+        mask |= _NONFINITE
+    dense["mask"] = mask.view(shape)
+    dense["parts"] = sum(1 << i for i, part in enumerate(_PARTS) if state.get(part) is not None)
+    for key in ("indices", "bits", "nonfinite"):
+        dense.pop(key, None)
+    return dense
+
+
+def from_dense(dense: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `to_dense`, of a whole state or of a shard of each tensor."""
+    parts = {part for i, part in enumerate(_PARTS) if dense["parts"] >> i & 1}
+    mask = dense["mask"].reshape(-1)
+    state = {
+        key: value
+        for key, value in dense.items()
+        if key not in ("mask", "parts") and (key not in _DENSE or _GO_ALONG.get(key, key) in parts)
+    }
+    chosen = mask & _SELECTED != 0
+    if "indices" in parts:
+        places = chosen.nonzero().squeeze(1)
+        state["indices"] = places if mask.numel() >= 1 << 31 else places.int()
+        state |= {key: state[key].reshape(-1)[places] for key in _LISTED if key in state}
+    if "bits" in parts:
+        state["bits"] = pack_bits(chosen)
+    if "statistic" in parts:
+        state["nonfinite"] = (mask & _NONFINITE != 0).any()
+    if not parts and not state["step"]:
+        # of a parameter that had no state
+        return {key: value for key, value in state.items() if "key" in state}
+    return state
 
 
 def check_saved_state(name: str, p: Tensor, state: Any) -> None:
@@ -312,11 +457,24 @@ def check_saved_state(name: str, p: Tensor, state: Any) -> None:
         "one number as step",
         step,
     )
-    for pair in (("exp_avg", "exp_avg_sq"), ("statistic", "nonfinite")):
-        need((pair[0] in state) == (pair[1] in state), f"{pair[0]} and {pair[1]} together", sorted(state))
-    for key in (*_PER_ENTRY, "indices", "bits", "nonfinite"):
+    # a mask's bytes say what was not finite
+    pairs = [("mask", "parts"), ("exp_avg", "exp_avg_sq")]
+    if "parts" not in state:
+        pairs.append(("statistic", "nonfinite"))
+    for one, other in pairs:
+        need((one in state) == (other in state), f"{one} and {other} together", sorted(state))
+    for key in (*_DENSE, "indices", "bits", "nonfinite"):
         if key in state:
             need(isinstance(state[key], Tensor), f"a tensor as {key}", type(state[key]).__name__)
+            spread = is_dtensor(state[key])
+            need(not spread or is_dtensor(p), f"a whole tensor as {key}", "a DTensor")
+    if "parts" in state:
+        need(isinstance(state["parts"], int), "an integer as parts", state["parts"])
+        mask, shape = state["mask"], tuple(p.shape)
+        fits = mask.dtype == torch.uint8 and mask.shape == p.shape
+        need(fits, f"bytes of shape {shape} as mask", f"{mask.dtype} of shape {tuple(mask.shape)}")
+        fits = "count" not in state or state["count"].shape == p.shape
+        need(fits, f"count of shape {shape}", tuple(state.get("count", mask).shape))
     if "indices" in state:
         indices = state["indices"]
         whole = indices.dtype in (torch.int32, torch.int64) and indices.dim() == 1

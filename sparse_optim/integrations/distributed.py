@@ -63,13 +63,16 @@ class Shards:
                 dist.all_reduce(total, group=self._mesh.get_group(dim))
         return total.to(numbers.device)
 
-    def gradient(self, p: Tensor, grad: Tensor) -> Tensor:
-        """What this process holds of a parameter's gradient."""
-        if not isinstance(p, DTensor) or not isinstance(grad, DTensor):
-            return grad
-        if grad.placements != p.placements:
-            grad = grad.redistribute(p.device_mesh, p.placements)
-        shard: Any = grad.to_local()
+    def held(self, p: Tensor, tensor: Tensor) -> Tensor:
+        """What this process holds of a tensor in a parameter's shape: of its gradient, or of its state."""
+        if not isinstance(p, DTensor):
+            return tensor
+        if not isinstance(tensor, DTensor):
+            # the whole of it, which every process has
+            tensor = distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
+        elif tensor.placements != p.placements:
+            tensor = tensor.redistribute(p.device_mesh, p.placements)
+        shard: Any = tensor.to_local()
         # one that is still on its way
         arrived: Tensor = shard.wait() if hasattr(shard, "wait") else shard
         return arrived
@@ -78,9 +81,11 @@ class Shards:
         """What each process holds, put together as the parameter is."""
         if not isinstance(p, DTensor):
             return shard
-        return DTensor.from_local(
+        whole: Tensor = DTensor.from_local(
             shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
         )
+        # of parameters that wait in the host's memory the mesh is another device's
+        return whole.to(shard.device)
 
     def _is_first_copy(self, p: Tensor, name: Callable[[Tensor], str]) -> bool:
         everywhere = isinstance(p, DTensor) and _ranks(p.device_mesh) == _ranks(self._mesh)
