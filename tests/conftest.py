@@ -30,8 +30,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of each test's cases marked `one_in(n)` keep every n-th, always the same ones, in no order of theirs;
-    with `by` the name of a parameter, of those for each of its values.
+    """Of each test's cases marked `one_in(n)` keep every n-th, always the same ones, in no order of theirs,
+    and none where n is 0; with `by` the name of a parameter, of those for each of its values.
     """
     if config.getoption("--every-case"):
         return
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config, items):
     left_out = set()
     for (_, (n,), _), cases in marked.items():
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        left_out.update(cases[math.ceil(len(cases) / n) :])
+        left_out.update(cases[math.ceil(len(cases) / n) if n else 0 :])
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]

@@ -233,7 +233,7 @@ MAY_IMPORT = {
     "__init__": {"methods", "optimizer", "policies", "scores", "masks", "backends", "deltas", "planning"},
     "methods": {"optimizer", "policies", "scores"},
     "optimizer": {"policies", "masks", "backends", "gradient_release", "state"},
-    "state": set(),
+    "state": {"backends"},
     "policies": {"scores", "masks", "backends"},
     "scores": {"backends"},
     "masks": set(),

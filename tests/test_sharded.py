@@ -32,6 +32,7 @@ from sparse_optim import (
     TopK,
     param_groups,
 )
+from sparse_optim.integrations.distributed import check_masks
 from sparse_optim.scores import Lowest, Magnitude, RandomScore
 
 distributed = pytest.importorskip("torch.distributed")
@@ -401,6 +402,47 @@ def unlike_a_shard(name, p, optimizer):
                 yield f"{key} of {name} has {tuple(value.shape)}, not {tuple(own.shape)}"
 
 
+class Weighted(nn.Module):
+    """Its gradients are the factors that it is called with."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, factors):
+        named = dict(self.model.named_parameters())
+        return sum((named[name] * factor).sum() for name, factor in factors.items())
+
+
+def train_copies(case, rank, world, expected):
+    """Where this process, which has a share of each gradient, differs from the one that had it all."""
+    model = built(case)
+    parallel = nn.parallel.DistributedDataParallel(Weighted(model), find_unused_parameters=True)
+    optimizer = case.build(model)
+    check_masks(optimizer)
+    problems = []
+    for number in range(STEPS):
+        if number % 3 == 0:
+            optimizer.new_epoch()
+        optimizer.zero_grad()
+        shares = {}
+        for i, (name, grad) in enumerate(gradients(model, number, case).items()):
+            generator = torch.Generator().manual_seed(7 * number + i)
+            parts = torch.randint(-32, 33, (world - 1, *grad.shape), generator=generator) / 16
+            # multiples of 1/16, whose sum is the whole one; DDP divides by the number of processes
+            shares[name] = world * (parts[rank - 1] if rank else grad - parts.sum(0))
+        parallel(shares).backward()
+        optimizer.step()
+        # of one that no process has a gradient for
+        row = expected[number]
+        with torch.no_grad():
+            seen = {"masks": map(optimizer.mask, model.parameters()), "weights": model.parameters()}
+            problems += [
+                f"step {number}: {key}" for key, own in seen.items() if not same(joined(own), row[key], True)
+            ]
+    return problems
+
+
 # layouts
 
 
@@ -485,6 +527,8 @@ def corner(*dims):
     return layout
 
 
+# every method under each engine, beside what is listed for it; takes minutes
+EVERY_METHOD = ("fsdp_3", "fsdp_4", "fsdp_and_tensor_parallel_4", "ddp_3", "ddp_4")
 LAYOUTS = {
     "fsdp_2": (2, lambda model: fsdp(model, init_device_mesh("cpu", (2,))), list(CASES)),
     "columns_2": (2, columns(2), FEWER),
@@ -492,6 +536,7 @@ LAYOUTS = {
     "replicated_2": (2, replicated, FEWER),
     "fsdp_3": (3, lambda model: fsdp(model, init_device_mesh("cpu", (3,))), [*FEWER, *COUNTING, *FEW]),
     "columns_3": (3, columns(3), FEWER),
+    "fsdp_4": (4, lambda model: fsdp(model, init_device_mesh("cpu", (4,))), FEWER),
     "fsdp_and_tensor_parallel_4": (4, fsdp_and_tensor_parallel, SOME),
     "hsdp_4": (4, hsdp, [*FEWER, *COUNTING]),
     "flattened_4": (4, flattened, FEWER),
@@ -500,6 +545,13 @@ LAYOUTS = {
     "first_and_last_4": (4, corner(0, 2), list(CORNERS)),
 }
 WORLDS = sorted({ranks for ranks, _, _ in LAYOUTS.values()})
+# copies of the model, whose gradients DistributedDataParallel averages
+COPIES = {"ddp_2": (2, list(METHODS)), "ddp_3": (3, FEWER[:2]), "ddp_4": (4, FEWER[:2])}
+
+
+def cases_of(layout, cases, every_case):
+    """What is tried under a layout."""
+    return list(dict.fromkeys([*cases, *(METHODS if every_case and layout in EVERY_METHOD else ())]))
 
 
 # what only sharded parameters can do
@@ -739,7 +791,7 @@ def attempt(call, *arguments):
         return ["raised " + traceback.format_exc()]
 
 
-def work(rank, world, folder):
+def work(rank, world, folder, every_case):
     """What one process does."""
     warnings.simplefilter("error")
     # some gathers are slower than they might be, and torch says so
@@ -758,7 +810,14 @@ def work(rank, world, folder):
         for name, (ranks, layout, cases) in LAYOUTS.items():
             if ranks == world:
                 seen[name] = {
-                    case: attempt(train_sharded, EVERY_CASE[case], layout, expected[case]) for case in cases
+                    case: attempt(train_sharded, EVERY_CASE[case], layout, expected[case])
+                    for case in cases_of(name, cases, every_case)
+                }
+        for name, (ranks, cases) in COPIES.items():
+            if ranks == world:
+                seen[name] = {
+                    case: attempt(train_copies, EVERY_CASE[case], rank, world, expected[case])
+                    for case in cases_of(name, cases, every_case)
                 }
         real = expected["real"]
         if world == 2:
@@ -792,8 +851,9 @@ def whole():
 
 
 @pytest.fixture(scope="module")
-def seen_by(whole, tmp_path_factory):
+def seen_by(whole, tmp_path_factory, request):
     """What each of some processes saw, by how many there are."""
+    every_case = request.config.getoption("--every-case")
     folder = tmp_path_factory.mktemp("sharded")
     real = {name: train_real(name, lambda data: data) for name in REAL}
     torch.save({**whole, "real": real}, folder / "whole.pt")
@@ -803,7 +863,7 @@ def seen_by(whole, tmp_path_factory):
     def run(world):
         try:
             torch.multiprocessing.start_processes(
-                work, args=(world, str(folder)), nprocs=world, start_method="forkserver"
+                work, args=(world, str(folder), every_case), nprocs=world, start_method="forkserver"
             )
         except Exception as error:
             return error
@@ -818,9 +878,24 @@ def seen_by(whole, tmp_path_factory):
     return seen
 
 
-@pytest.mark.parametrize(
-    ("layout", "case"), [(layout, case) for layout, (_, _, cases) in LAYOUTS.items() for case in cases]
-)
+def pairs(layouts):
+    """Layouts and cases, of which those for EVERY_METHOD run only with --every-case."""
+    found = []
+    for layout, (*_, cases) in layouts.items():
+        for case in cases_of(layout, cases, every_case=True):
+            marks = [] if case in cases else [pytest.mark.one_in(0)]
+            found.append(pytest.param(layout, case, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("layout", "case"), pairs(COPIES))
+def test_copies_hold_the_masks_and_weights_of_one_process_that_has_the_whole_gradient(seen_by, layout, case):
+    for seen in seen_by(COPIES[layout][0]):
+        problems = seen[layout][case]
+        assert not problems, "\n".join(problems[:12])
+
+
+@pytest.mark.parametrize(("layout", "case"), pairs(LAYOUTS))
 def test_shards_hold_the_masks_weights_density_and_clock_of_one_process_at_every_step(seen_by, layout, case):
     """Weights to the bit, but for those of `clipped` cases, whose norm is summed in another order."""
     for seen in seen_by(LAYOUTS[layout][0]):

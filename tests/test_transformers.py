@@ -996,6 +996,9 @@ def one_of_two(rank, port, folder):
         masks = {name: ours(trainer).mask(p) for name, p in trainer.model.named_parameters()}
         norms = [column(trainer, name) for name in ("masked_grad_norm", "dense_grad_norm", "grad_norm")]
         torch.save((masks, weights(trainer), norms), f"{folder}/{rank}_{release}.pt")
+    differing = make_trainer(folder, ChildTuningAdamW, variant="F", seed=rank, extra=extra)
+    with pytest.raises(RuntimeError, match=r"got another of '.*' on rank 1 than on rank 0; give all"):
+        differing.train()
     with pytest.raises(ValueError, match=r"must be exempt where gradients are released, got none, and Distr"):
         make_trainer(
             folder, MaskedAdamW, policy=TopK(0.1, schedule=Schedule(observe=1)), release_gradients=True,

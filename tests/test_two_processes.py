@@ -25,6 +25,7 @@ from sparse_optim import (
     SquaredGradient,
     TopK,
 )
+from sparse_optim.integrations.distributed import check_masks
 
 RANKS = 2
 STEPS = 10
@@ -308,6 +309,83 @@ def lists_that_differ(rank):
     return [str(averaged.value), str(clipped.value)]
 
 
+def checked(name, rank, *, share=True, **options):
+    """What a comparison of masks says, after which step, and how often processes met for it."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(Net()) if share else Net()
+    optimizer = METHODS[name](model.named_parameters())
+    for group in optimizer.param_groups:
+        group.update(options)
+    handle = check_masks(optimizer)
+    generator = torch.Generator().manual_seed(1000 + rank)
+    gathered, gather = [], torch.distributed.all_gather
+    torch.distributed.all_gather = lambda *arguments: (
+        gathered.append(arguments[1].nbytes),
+        gather(*arguments),
+    )
+    try:
+        for number in range(STEPS):
+            if number % 3 == 0:
+                optimizer.new_epoch()
+            tokens, labels = torch.randint(0, 3, (2, 16), generator=generator)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(tokens), labels).backward()
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                handle.remove()
+                return [number, str(error)]
+    finally:
+        torch.distributed.all_gather = gather
+    return gathered
+
+
+# how gradients may come to be averaged
+ENGINES = {
+    "ddp": {},
+    "bucket views": {"gradient_as_bucket_view": True},
+    "static graph": {"static_graph": True},
+    "unused parameters": {"find_unused_parameters": True},
+    "accumulation": {},
+}
+
+
+def engine(how, rank, *, ddp, method):
+    """Hashes of masks and weights after each step, with DDP and with gradients averaged by hand."""
+    torch.manual_seed(0)
+    model = Half()
+    parallel = nn.parallel.DistributedDataParallel(model, **ENGINES[how]) if ddp else model
+    optimizer = METHODS[method](model.named_parameters())
+    if ddp:
+        check_masks(optimizer)
+    generator = torch.Generator().manual_seed(1000 + rank)
+    rows = []
+    for number in range(STEPS):
+        optimizer.new_epoch()
+        optimizer.zero_grad()
+        use_second = how != "unused parameters" or rank == 0 or number % 3 == 0
+        for micro in range(2 if how == "accumulation" else 1):
+            syncs = micro == 1 or how != "accumulation" or not ddp
+            with contextlib.nullcontext() if syncs else parallel.no_sync():
+                x = torch.randn(4, 24, generator=generator)
+                parallel(x, use_second).square().mean().backward()
+        for p in model.parameters() if not ddp else ():
+            p.grad = (torch.zeros_like(p) if p.grad is None else p.grad) / RANKS
+            torch.distributed.all_reduce(p.grad)
+        optimizer.step()
+        rows.append([digest(map(optimizer.mask, model.parameters())), digest(model.parameters())])
+    return rows
+
+
+CHECKED = {
+    "the same seed": ("child_tuning_f", {}),
+    "gradients that are averaged": ("child_tuning_d", {}),
+    "selections again and again": ("dps_dense", {}),
+    "gradients of their own": ("child_tuning_d", {"share": False}),
+    "a seed of their own": ("grad_drop_layer", {"seed": None}),
+}
+
+
 def work(rank, folder):
     """What one process does."""
     warnings.simplefilter("error")
@@ -332,6 +410,15 @@ def work(rank, folder):
         seen["refused"] = refused_without_exclusion()
         seen["unwrapped"] = unwrapped(rank)
         seen["lists"] = lists_that_differ(rank)
+        seen["engines"] = {
+            f"{how} {method}": [engine(how, rank, ddp=ddp, method=method) for ddp in (False, True)]
+            for how in ENGINES
+            for method in ("child_tuning_f", "dps_dense", "second_order")
+        }
+        seen["checked"] = {
+            how: checked(name, rank, **({"seed": rank} if "seed" in options else options))
+            for how, (name, options) in CHECKED.items()
+        }
         with open(f"{folder}/rank_{rank}.json", "w") as file:
             json.dump(seen, file)
     finally:
@@ -433,3 +520,36 @@ def test_ranks_that_hold_other_lists_are_told(ranks):
     for averaged, clipped in (rank["lists"] for rank in ranks):
         assert "ranks must select the same entries, got" in averaged
         assert "ranks average it in step(), which clips with max_grad_norm=" in clipped
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_every_way_in_which_ddp_averages_trains_as_averaging_by_hand_does(ranks, how):
+    others = []
+    for rank in ranks:
+        runs = {name: run for name, run in rank["engines"].items() if name.startswith(how + " ")}
+        assert len(runs) == 3
+        for by_hand, ddp in runs.values():
+            assert ddp == by_hand
+            assert len({weights for _, weights in ddp}) > STEPS / 2
+        others.append(runs)
+    assert others[0] == others[1]
+
+
+def test_masks_are_compared_after_the_first_step_and_after_each_selection(ranks):
+    bytes_of_all = 8 * len(list(Net().parameters()))
+    for rank in ranks:
+        assert rank["checked"]["the same seed"] == [bytes_of_all]
+        assert rank["checked"]["gradients that are averaged"] == [bytes_of_all] * 2
+        # at every change between observing and training
+        assert len(rank["checked"]["selections again and again"]) > 3
+
+
+def test_the_first_mask_that_differs_is_named_with_its_rank(ranks):
+    name = next(name for name, _ in Net().named_parameters())
+    for rank in ranks:
+        step, text = rank["checked"]["gradients of their own"]
+        # the third step selects
+        assert step == 2
+        assert f"got another of {name!r} on rank 1 than on rank 0; give all the same seed" in text
+        step, text = rank["checked"]["a seed of their own"]
+        assert step == 0 and "on rank 1" in text

@@ -1,21 +1,26 @@
-"""Parameters that are spread over processes as DTensors: FSDP2, tensor parallel, and both at once.
+"""Several processes that train one model: with its parameters spread over them, or with a copy in each.
 
-Each process updates what it holds, in place. Masks are those of the whole model: random ones are drawn by
-where an entry lies in the full tensor, and a selection adds up counts over all processes. Nothing else
-crosses between them, but for what a selection warns of (a flag a parameter and a group), one number when
-gradients are clipped, and gradients that are placed otherwise than their parameters.
+Parameters are spread as DTensors, by FSDP2, tensor parallel, or both at once. Each process updates what it
+holds, in place. Masks are those of the whole model: random ones are drawn by where an entry lies in the full
+tensor, and a selection adds up counts over all processes. Nothing else crosses between them, but for what a
+selection warns of (a flag a parameter and a group), one number when gradients are clipped, and gradients that
+are placed otherwise than their parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from sparse_optim import MaskedAdamW
 
 Geometry = tuple[int, int, int]  # offset, inner, stride, see backends.reference
 
@@ -104,6 +109,62 @@ class Shards:
             whole = zip(names or range(self._mesh.ndim), _place(self._mesh), strict=True)
             places += [place for dim, place in whole if dim not in parts]
         return not any(places)
+
+
+def check_masks(optimizer: MaskedAdamW, group: dist.ProcessGroup | None = None) -> RemovableHandle:
+    """Have processes that hold a copy of the model each, as under `DistributedDataParallel`, compare masks.
+
+    Masks agree there by themselves: they follow from gradients that are averaged, or from a seed that all
+    share. After the first step and after each selection the processes tell each other 8 bytes a parameter,
+    to see that it is so.
+
+    Args:
+        optimizer: of which each of the processes has its own. They have to step together.
+        group: the processes that share the model; None: all.
+
+    Returns:
+        A handle; `handle.remove()` ends the comparing.
+
+    Raises:
+        ValueError: for DTensors, which are not copies. RuntimeError: out of `optimizer.step()`, where masks
+            differ.
+    """
+    params = [p for one in optimizer.param_groups for p in one["params"]]
+    if any(isinstance(p, DTensor) for p in params):
+        raise ValueError(
+            "check_masks() needs a copy of the model in each process, got DTensors; leave it out, their "
+            "masks are parts of one."
+        )
+    seen: list[int] = []
+
+    def compare(*_: object) -> None:
+        phase = optimizer.param_groups[0]["phase"]
+        if optimizer.param_groups[0]["clock"] == 0 or seen == [phase]:
+            return
+        seen[:] = [phase]
+        names = optimizer._all_names()
+        own = [_hash(optimizer.mask(p, upcoming=True)).to(params[0].device) for p in names]
+        hashes = [torch.stack(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(hashes, hashes[0].clone(), group)
+        differs = (torch.stack(hashes) != hashes[0]).tolist()
+        for place, name in enumerate(names.values()):
+            for rank, column in enumerate(differs):
+                if column[place]:
+                    raise RuntimeError(
+                        f"masks must be the same on all processes, got another of {name!r} on rank {rank} "
+                        "than on rank 0; give all the same seed, and gradients that are averaged, while "
+                        "observing too."
+                    )
+
+    return optimizer.register_step_post_hook(compare)
+
+
+def _hash(mask: Tensor) -> Tensor:
+    """64 bits of a bool tensor."""
+    flat = mask.flatten()
+    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+    place = torch.arange(1, words.numel() + 1, device=words.device) * 0x1E3779B97F4A7C15
+    return (words * ((place ^ (place >> 29)) * 0x3F58476D1CE4E5B9 | 1)).sum()
 
 
 def _ranks(mesh: DeviceMesh) -> set[int]:

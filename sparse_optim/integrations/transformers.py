@@ -45,6 +45,7 @@ from sparse_optim import (
     TopK,
     param_groups,
 )
+from sparse_optim.integrations.distributed import check_masks
 from sparse_optim.nn import WeightMixing
 
 # what Trainer's arguments say already, by the name that they have there
@@ -353,6 +354,8 @@ class SparseOptimCallback(TrainerCallback):
         self._steps_per_epoch = 0
         # the step that they belong to, and the norms
         self._norms: tuple[int, dict[str, float]] = (0, {})
+        # of masks, among processes
+        self._comparing: RemovableHandle | None = None
         # of Trainer's arguments, while the optimizer clips instead
         self._max_grad_norm: float | None = None
         self._mixed: MaskedAdamW | None = None
@@ -376,7 +379,10 @@ class SparseOptimCallback(TrainerCallback):
             check.remove()
         # a run that failed did not
         self._give_clipping_back(args)
+        self._end_comparing()
         self._norms = (0, {})
+        if args.world_size > 1:
+            self._comparing = check_masks(optimizer)
         loader = kwargs.get("train_dataloader")
         batches = len(loader) if loader is not None and has_length(loader) else 0
         self._steps_per_epoch = -(-batches // args.gradient_accumulation_steps)
@@ -427,9 +433,15 @@ class SparseOptimCallback(TrainerCallback):
     ) -> None:
         """Leave nothing for the next run, of a search for one."""
         self._give_clipping_back(args)
+        self._end_comparing()
         self._selection, self._norms = {}, (0, {})
 
     # what it does then
+
+    def _end_comparing(self) -> None:
+        if self._comparing is not None:
+            self._comparing.remove()
+        self._comparing = None
 
     def _optimizer(self) -> MaskedAdamW:
         # accelerate wraps it
