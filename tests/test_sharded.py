@@ -42,7 +42,7 @@ if "forkserver" not in multiprocessing.get_all_start_methods():
     pytest.skip("processes would each load torch anew", allow_module_level=True)
 
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor  # noqa: E402
 from torch.distributed.tensor.parallel import (  # noqa: E402
     ColwiseParallel,
@@ -769,6 +769,48 @@ def real_fsdp_and_tensor_parallel(model):
     fully_shard(model, mesh=mesh["data"])
 
 
+# other ways of FSDP2; the first as it is by default
+ENGINES = {
+    "resharded": {},
+    "kept": {"reshard_after_forward": False},
+    "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    "accumulated": {},
+    "bfloat16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+}
+REAL_AND_TORCHS = REAL | {
+    "torch": lambda m: torch.optim.AdamW(m.named_parameters(), lr=0.05, eps=1e-2, foreach=False),
+    "policy_none": lambda m: MaskedAdamW(m.named_parameters(), lr=0.05, eps=1e-2, backend="reference"),
+}
+
+
+def engine(how, name, rank):
+    """What this process holds of weights and masks after some steps, and whether what is frozen moved."""
+    torch.manual_seed(0)
+    model = Real()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), **ENGINES[how])
+    before = [local(p).clone() for p in model.parameters()]
+    optimizer = REAL_AND_TORCHS[name](model)
+    generator = torch.Generator().manual_seed(5 + rank)
+    for _ in range(5):
+        optimizer.zero_grad()
+        tokens = torch.randint(0, 7, (12,), generator=generator)
+        labels = torch.randint(0, 3, (12,), generator=generator)
+        for micro in range(2 if how == "accumulated" else 1):
+            model.set_requires_gradient_sync(how != "accumulated" or micro == 1)
+            nn.functional.cross_entropy(model(tokens).float(), labels).backward()
+        optimizer.step()
+    weights = [local(p) for p in model.parameters()]
+    masks = [local(optimizer.mask(p)) for p in model.parameters()] if name != "torch" else []
+    moved = [
+        not torch.equal(p[~mask], old[~mask]) for p, mask, old in zip(weights, masks, before, strict=False)
+    ]
+    return {
+        "weights": joined(weights).tolist(),
+        "masks": joined(masks).tolist() if masks else [],
+        "moved": any(moved),
+    }
+
+
 def compare_real(rank, expected, layout, shares):
     """The largest distance from one process's weights, and whether masks are equal."""
     found = {}
@@ -827,6 +869,11 @@ def work(rank, world, folder, every_case):
             seen["skipped"] = {
                 name: attempt(functools.partial(skipped_steps, **options), rank)
                 for name, options in SCALED.items()
+            }
+            seen["engines"] = {
+                f"{how} {name}": attempt(engine, how, name, rank)
+                for how in ENGINES
+                for name in REAL_AND_TORCHS
             }
             seen["otherwise"] = attempt(gradients_placed_otherwise, rank)
         if world < 4:
@@ -1008,3 +1055,20 @@ def check_refusal(text, part):
 def test_an_optimizer_of_shards_without_state_is_saved_and_loaded(seen_by):
     for seen in seen_by(2):
         assert seen["saved"] == 1
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_fsdp_may_reshard_offload_accumulate_and_compute_in_bfloat16(seen_by, how):
+    for seen in seen_by(2):
+        engines = seen["engines"]
+        assert engines[f"{how} policy_none"]["weights"] == engines[f"{how} torch"]["weights"]
+        for name in REAL:
+            found = engines[f"{how} {name}"]
+            assert any(found["masks"])
+            if how in ("kept", "offloaded"):
+                assert found == engines[f"resharded {name}"]
+            if name == "second_order":
+                assert not found["moved"] and not all(found["masks"])
+            assert (found["weights"] == engines[f"resharded {name}"]["weights"]) == (
+                how in ("resharded", "kept", "offloaded")
+            )
