@@ -4,7 +4,7 @@ at a time.
 When the backward pass has made a gradient, a hook takes from it what `step()` will need. What then stands in
 `p.grad` is a `ReleasedGradient`: further micro-batches add to it, and `zero_grad()`, `GradScaler` and torch's
 clipping find in it what they look for. It has the shape of the parameter, and the memory of its selected
-entries.
+entries. Of a parameter that is spread over processes it is the local part of a DTensor.
 """
 
 from __future__ import annotations
@@ -414,7 +414,7 @@ class GradientRelease:
         if optimizer is not None:
             optimizer.release_gradients, optimizer.gradient_release = False, None
         for p in self._hooks:
-            if type(p.grad) is ReleasedGradient:
+            if released_of(p.grad) is not None:
                 p.grad = None
         self.watch(())
         self._scaler = None
@@ -445,9 +445,10 @@ class GradientRelease:
             return
         if p in self._excluded_params:
             self._arrived[p] = True
-        if type(grad) is ReleasedGradient:
-            if grad.kept.whole is not None:
-                p.grad = grad.kept.whole
+        released = released_of(grad)
+        if released is not None:
+            if released.kept.whole is not None:
+                p.grad = _spread(p, released.kept.whole)
             return
         if self._paused or grad.layout is not torch.strided:
             return
@@ -456,11 +457,17 @@ class GradientRelease:
                 "release_gradients=True must not meet a graph of gradients, got one for "
                 f"{optimizer._name(p)!r}; call backward() without create_graph=True."
             )
+        placements = getattr(grad, "placements", None)
+        if placements != getattr(p, "placements", None):
+            raise RuntimeError(
+                "release_gradients=True needs gradients that are spread as their parameters, got "
+                f"{placements} for {optimizer._name(p)!r}; use fully_shard(), or whole gradients."
+            )
         kept = self._kept(p)
         if optimizer._ignores(p):
             p.grad = None
-        elif self._release(p, kept, grad):
-            p.grad = ReleasedGradient(p, kept)
+        elif self._release(p, kept, _held(grad)):
+            p.grad = _spread(p, ReleasedGradient(_held(p), kept))
 
     def _kept(self, p: Tensor, indices: Tensor | None = None, values: Tensor | None = None) -> _Kept:
         optimizer = self._optimizer()
@@ -538,9 +545,10 @@ class GradientRelease:
         optimizer = self._optimizer()
         assert optimizer is not None
         for p in self._hooks:
-            if type(p.grad) is not ReleasedGradient:
+            released = released_of(p.grad)
+            if released is None:
                 continue
-            kept, indices = p.grad.kept, optimizer._listed(p)
+            kept, indices = released.kept, optimizer._listed(p)
             if kept.is_zero and indices is not None:
                 kept.indices, kept.values = indices, torch.zeros_like(_empty_values(p, indices))
                 kept.is_zero = False
@@ -555,7 +563,7 @@ class GradientRelease:
 
     def dropped(self, p: Tensor) -> None:
         """Drop a whole gradient that has been observed."""
-        p.grad = ReleasedGradient(p, self._kept(p))
+        p.grad = _spread(p, ReleasedGradient(_held(p), self._kept(p)))
 
     def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
         """Check every entry of a gradient before it is released, as this scaler would.
@@ -627,6 +635,12 @@ class GradientRelease:
         assert optimizer is not None
         pairs = list(model.named_parameters(remove_duplicate=False))
         names = [name for name, p in pairs if p in self._watched]
+        spread = [name for name in names if hasattr(model.get_parameter(name), "_local_tensor")]
+        if spread:
+            raise ValueError(
+                f"model must hold whole parameters, got a DTensor for {spread[0]!r}; leave the call out, "
+                "their gradients are averaged before they are released."
+            )
         if not names:
             raise ValueError(
                 "model must have parameters of this optimizer, got none; pass the model whose parameters it "
@@ -760,9 +774,33 @@ class GradientRelease:
 
 def form_of(grad: Tensor | None) -> str:
     """How a gradient is kept: "whole", as "listed" entries, "folded" into a statistic, or "none"."""
-    if type(grad) is not ReleasedGradient:
+    released = released_of(grad)
+    if released is None:
         return "none" if grad is None else "whole"
-    return "folded" if grad.kept.values is None else "listed"
+    return "folded" if released.kept.values is None else "listed"
+
+
+def released_of(grad: Tensor | None) -> ReleasedGradient | None:
+    """What stands in for a gradient, or for the part of it that this process holds."""
+    own = None if grad is None else _held(grad)
+    return own if type(own) is ReleasedGradient else None
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, itself: `to_local()` may return a view of it."""
+    held: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return held
+
+
+def _spread(p: Tensor, held: Tensor) -> Tensor:
+    """A gradient of which this process holds so much, spread as its parameter is."""
+    if not hasattr(p, "_local_tensor"):
+        return held
+    from torch.distributed.tensor import DTensor
+
+    # as FSDP2 makes it: from_local() would look at a tensor of which only the selected entries are there
+    spread: Tensor = DTensor(held, p._spec, requires_grad=False)  # type: ignore[attr-defined, no-untyped-call]
+    return spread
 
 
 def _empty_values(p: Tensor, indices: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from .backends.reference import (
     unpack_bits,
     whole,
 )
-from .gradient_release import GradientRelease, ReleasedGradient, Waiting, form_of
+from .gradient_release import GradientRelease, Waiting, form_of, released_of
 from .masks import EVERYTHING, NOTHING, Bits, Indexed, Mask, Seeded
 from .policies import Bernoulli, GradualUnfreezing, Policy, TopK, layer_of
 from .state import (
@@ -507,7 +507,8 @@ class MaskedAdamW(SurvivingOptimizer):
         params = [p for known in self._known for p in known]
         grads: list[Any] = [p.grad for p in params]
         for p, grad in zip(params, grads, strict=True):
-            if type(grad) is ReleasedGradient and grad.kept.release is not self.gradient_release:
+            released = released_of(grad)
+            if released is not None and released.kept.release is not self.gradient_release:
                 raise RuntimeError(
                     "a gradient must be released for the optimizer that uses it, got that of "
                     f"{self._name(p)!r}, released for another one; call "
@@ -1175,12 +1176,6 @@ class MaskedAdamW(SurvivingOptimizer):
     def _watch_gradients(self) -> None:
         if not self.release_gradients:
             return
-        sharded = next(filter(is_dtensor, self._once), None)
-        if sharded is not None:
-            raise NotImplementedError(
-                "release_gradients=True needs whole parameters in this version, got a DTensor for "
-                f"{self._name(sharded)!r}; leave it out, or use DistributedDataParallel."
-            )
         if self.gradient_release is None:
             self.gradient_release = GradientRelease(self)
         self.gradient_release.watch(self._masked_parameters())

@@ -28,10 +28,12 @@ from sparse_optim import (
     MaskedAdamW,
     Schedule,
     SecondOrderAdamW,
+    SignedGradient,
     SquaredGradient,
     TopK,
     param_groups,
 )
+from sparse_optim.gradient_release import released_of
 from sparse_optim.integrations.distributed import check_masks
 from sparse_optim.scores import Lowest, Magnitude, RandomScore
 
@@ -41,6 +43,10 @@ if not (distributed.is_available() and distributed.is_gloo_available()):
 if "forkserver" not in multiprocessing.get_all_start_methods():
     pytest.skip("processes would each load torch anew", allow_module_level=True)
 
+from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor  # noqa: E402
@@ -582,12 +588,15 @@ def text_of(call):
 
 
 def refuse_released_gradients():
-    named = small()
+    """Those of replicated weights that only summing over processes would make."""
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Replicate()], src_data_rank=None))
     policy = TopK(0.5, schedule=Schedule(observe=1))
-    optimizer = MaskedAdamW(named, policy=policy, release_gradients=True)
-    for _ in range(3):
-        ones_for(named)
-        optimizer.step()
+    optimizer = MaskedAdamW([("weight", p)], policy=policy, release_gradients=True)
+    p.grad = DTensor.from_local(torch.ones(4, 2), mesh, [Partial()])
+    for hook in p._post_accumulate_grad_hooks.values():
+        hook(p)
+    optimizer.step()
 
 
 def refuse_counts():
@@ -811,6 +820,65 @@ def engine(how, name, rank):
     }
 
 
+AGAIN = {"policy": TopK(0.2, schedule=again), "lr": 0.05, "eps": 1e-2}
+RELEASED = {
+    "squares": AGAIN,
+    "signed": AGAIN | {"policy": TopK(0.2, SignedGradient(), schedule=again)},
+    "clipped": AGAIN | {"max_grad_norm": 0.05},
+    "kept as a flag": AGAIN,
+    "accumulated": AGAIN,
+    "reduced once": AGAIN,
+    "clipped by torch": AGAIN,
+    "scaled": AGAIN,
+    "saved and loaded": AGAIN,
+}
+
+
+def train_released(how, rank, release, folder):
+    """Weights after each step, and the bytes of all gradients before it."""
+    torch.manual_seed(0)
+    model = Real()
+    for layer in (model.up, model.down, model):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = MaskedAdamW(model.named_parameters(), release_gradients=release, **RELEASED[how])
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=how == "scaled")
+    optimizer.attach_scaler(scaler)
+    generator = torch.Generator().manual_seed(5 + rank)
+    rows = []
+    for number in range(9):
+        if how == "saved and loaded" and number in (1, 3, 5):
+            state = get_optimizer_state_dict(model, optimizer)
+            distributed.checkpoint.save(state, checkpoint_id=f"{folder}/{release}_{number}")
+            optimizer = MaskedAdamW(model.named_parameters(), release_gradients=release, **RELEASED[how])
+            model.zero_grad()
+            state = get_optimizer_state_dict(model, optimizer)
+            distributed.checkpoint.load(state, checkpoint_id=f"{folder}/{release}_{number}")
+            set_optimizer_state_dict(model, optimizer, state)
+        optimizer.zero_grad(set_to_none=how != "kept as a flag")
+        for micro in range(3 if how in ("accumulated", "reduced once") else 1):
+            model.set_requires_gradient_sync(how != "reduced once" or micro == 2)
+            tokens = torch.randint(0, 7, (12,), generator=generator)
+            labels = torch.randint(0, 3, (12,), generator=generator)
+            loss = nn.functional.cross_entropy(model(tokens), labels)
+            if how == "scaled" and rank == 1 and number in (1, 6):
+                loss = loss * float("inf")
+            scaler.scale(loss).backward()
+        held = 0
+        for p in model.parameters():
+            released = released_of(p.grad)
+            held += local(p).nbytes if released is None else 0 * released.numel()
+        if how == "clipped by torch":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "nothing was selected")
+            scaler.step(optimizer)
+        scaler.update()
+        rows.append([joined(map(local, model.parameters())).tolist(), held])
+    return [*rows, scaler.get_scale()]
+
+
 def compare_real(rank, expected, layout, shares):
     """The largest distance from one process's weights, and whether masks are equal."""
     found = {}
@@ -874,6 +942,10 @@ def work(rank, world, folder, every_case):
                 f"{how} {name}": attempt(engine, how, name, rank)
                 for how in ENGINES
                 for name in REAL_AND_TORCHS
+            }
+            seen["released"] = {
+                how: [attempt(train_released, how, rank, release, folder) for release in (False, True)]
+                for how in RELEASED
             }
             seen["otherwise"] = attempt(gradients_placed_otherwise, rank)
         if world < 4:
@@ -1026,7 +1098,7 @@ def test_gradients_that_are_placed_otherwise_count_like_those_placed_as_their_pa
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("release_gradients", "release_gradients"),
+        ("release_gradients", "release_gradients=True needs gradients that are spread as their parameters"),
         ("set_count", "count"),
         ("random_scores", "RandomScore"),
         ("magnitudes", "Magnitude"),
@@ -1072,3 +1144,15 @@ def test_fsdp_may_reshard_offload_accumulate_and_compute_in_bfloat16(seen_by, ho
             assert (found["weights"] == engines[f"resharded {name}"]["weights"]) == (
                 how in ("resharded", "kept", "offloaded")
             )
+
+
+@pytest.mark.parametrize("how", RELEASED)
+def test_released_gradients_of_shards_train_as_whole_ones_do(seen_by, how):
+    for seen in seen_by(2):
+        whole, released = seen["released"][how]
+        assert [weights for weights, _ in released[:-1]] == [weights for weights, _ in whole[:-1]]
+        assert released[-1] == whole[-1]
+        assert len({str(weights) for weights, _ in released[:-1]}) > 3
+        # steps that train keep the selected entries alone
+        assert all(held for _, held in whole[:-1])
+        assert 0 in [held for _, held in released[:-1]]
