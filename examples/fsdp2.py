@@ -1,7 +1,8 @@
 """A language model on lines of text, spread over processes by FSDP2: Child-Tuning-D. It goes on from its last
 whole checkpoint when a process dies, or when it is started again on another number of processes.
 
-torchrun --nproc-per-node 2 --max-restarts 3 examples/fsdp2.py --data my.txt
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # or those that start again read what the dead left in a store
+torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/fsdp2.py --data my.txt
 """
 
 import argparse
@@ -19,11 +20,11 @@ from sparse_optim import ChildTuningAdamW, param_groups
 
 CONFIG = {"model": "HuggingFaceTB/SmolLM2-135M", "data": "my.txt", "out": "out", "steps": 200, "batch": 8}
 parser = argparse.ArgumentParser()
-for name, value in (CONFIG | {"observe": 20, "save_every": 20}).items():
+for name, value in (CONFIG | {"lr": 2e-5, "observe": 20, "save_every": 20}).items():
     parser.add_argument(f"--{name}", type=type(value), default=value)
 cfg = parser.parse_args()
 
-device = torch.accelerator.current_accelerator() or torch.device("cpu")
+device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 dist.init_process_group()
 mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 tokenizer = AutoTokenizer.from_pretrained(cfg.model)
@@ -35,7 +36,7 @@ for layer in model.model.layers:
 fully_shard(model, mesh=mesh)
 # the optimizer comes after the shards
 optimizer = ChildTuningAdamW(
-    param_groups(model, method="child_tuning_d"), lr=2e-5, variant="D", observe_steps=cfg.observe
+    param_groups(model, method="child_tuning_d"), lr=cfg.lr, variant="D", observe_steps=cfg.observe
 )
 
 
@@ -61,7 +62,8 @@ for step in range(first + 1, cfg.steps + 1):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    density, size = optimizer.density(), optimizer.state_bytes()
+    dist.all_reduce(loss := loss.detach() / mesh.size())
+    density, size = optimizer.density(), optimizer.state_bytes()  # density asks all processes
     if mesh.get_local_rank() == 0:
         print(f"{step}: loss {loss:.4f}, density {density:.4f}, {size} bytes a process", flush=True)
     if step % cfg.save_every == 0 or step == cfg.steps:
