@@ -178,6 +178,14 @@ class Record:
     masks: float | None = None
     step_peak: float | None = None
     peak: float | None = None
+    # distributed.py: bytes of one process and step; those without another word in a step that trains
+    processes: int | None = None
+    handed: float | None = None
+    ring: float | None = None
+    ring_observing: float | None = None
+    ring_selecting: float | None = None
+    sent: float | None = None
+    assumed_gb_per_s: float | None = None
     bars: str = ""
     reached: str = ""
     met: str = ""

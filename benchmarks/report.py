@@ -163,6 +163,39 @@ def large_table(rows: Sequence[CsvRow]) -> str:
     return table(head, lines, numbers=range(1, 4))
 
 
+def distributed_table(rows: Sequence[CsvRow]) -> str:
+    """Training steps of a group of processes: time, and bytes of one process and step."""
+    kinds = ("handed", "ring", "sent", "ring_observing", "ring_selecting")
+    lines = [
+        [
+            row["row"],
+            _times(row) if row["ms"] else "-",
+            *(f"{float(row[kind]):,.0f}" if row[kind] else "-" for kind in kinds),
+            _compared(row) or row["note"],
+        ]
+        for row in rows
+    ]
+    head = ["bytes a process and step", "ms (20 - 80 %)", "handed in", "a ring sends", "sent", "observing"]
+    return table([*head, "selecting", "times as fast as"], lines, numbers=range(1, 7))
+
+
+def paper_table(rows: Sequence[CsvRow]) -> str:
+    """What formulas say of groups that were never run: what a ring sends, and the time of an assumed link."""
+    ranks = list(dict.fromkeys(row["processes"] for row in rows))
+    lines = []
+    for name in dict.fromkeys(row["row"] for row in rows):
+        found = {row["processes"]: row for row in rows if row["row"] == name}
+        for kind, end in (("ring", ""), ("ring_selecting", ", the step that selects")):
+            cells = []
+            for count in ranks:
+                size, link = float(found[count][kind]), float(found[count]["assumed_gb_per_s"])
+                cells.append(f"{size / 1e9:,.1f} GB, {size / link / 1e6:,.0f} ms")
+            if not end or cells != lines[-1][1:]:
+                lines.append([name + end, *cells])
+    head = ["a ring sends a process and step", *(f"{int(count):,} processes" for count in ranks)]
+    return table(head, lines, numbers=range(1, len(head)))
+
+
 def size_table(rows: Sequence[CsvRow]) -> str:
     """Nanoseconds per entry, a column for each size."""
     sizes = sorted({int(row["parameters"]) for row in rows})
@@ -228,6 +261,13 @@ def render(rows: Sequence[CsvRow]) -> str:
             elif script == "large":
                 parts.append(f"**{question}**, {entries:,} weights")
                 parts.append(large_table(same))
+            elif script == "distributed" and same[0]["assumed_gb_per_s"]:
+                link = f"predicted, not measured, at an assumed {same[0]['assumed_gb_per_s']} GB/s"
+                parts.append(f"**{question}**, {entries:,} weights in {same[0]['dtype']}: {link}")
+                parts.append(paper_table(same))
+            elif script == "distributed":
+                parts.append(f"**{question}**, {entries:,} weights")
+                parts.append(distributed_table(same))
             elif (script, question) == ("scaling", SIZES):
                 parts.append(f"**cost by size**, up to {entries:,} entries")
                 parts.append(size_table(same))

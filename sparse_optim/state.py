@@ -323,7 +323,7 @@ class SurvivingOptimizer(Optimizer):
         if self._loading is not None:
             self._restore_dtypes(self._loading)
         for p, p_state in self.state.items():
-            if isinstance(p_state, dict) and p_state and not isinstance(p_state["step"], Tensor):
+            if isinstance(p, Tensor) and p_state and not isinstance(p_state["step"], Tensor):
                 home = self._home("step", p)
                 p_state["step"] = torch.tensor(float(p_state["step"]), dtype=step_dtype(), device=home)
         for clock in self.__dict__.setdefault("_clocks", {}).values():
@@ -400,7 +400,7 @@ def to_dense(
             value = state[key].to(device)
             if indices is not None and key in _LISTED:
                 value = value.new_zeros(numel).index_copy_(0, indices.to(device).long(), value).view(shape)
-            dense[key] = value.expand(shape)
+            dense[key] = value.expand(shape).contiguous() if key == "count" else value
     mask = torch.zeros(numel, dtype=torch.uint8, device=device)
     if indices is not None:
         mask[indices.to(device).long()] = _SELECTED

@@ -164,7 +164,11 @@ def _hash(mask: Tensor) -> Tensor:
     flat = mask.flatten()
     words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
     place = torch.arange(1, words.numel() + 1, device=words.device) * 0x1E3779B97F4A7C15
-    return (words * ((place ^ (place >> 29)) * 0x3F58476D1CE4E5B9 | 1)).sum()
+    # mixed as in splitmix64, before the sum: of a word's highest byte a product keeps 8 bits
+    mixed = words + place
+    mixed = (mixed ^ (mixed >> 30)) * 0x3F58476D1CE4E5B9
+    mixed = (mixed ^ (mixed >> 27)) * 0x14D049BB133111EB
+    return (mixed ^ (mixed >> 31)).sum()
 
 
 def _ranks(mesh: DeviceMesh) -> set[int]:
