@@ -188,6 +188,7 @@ class MaskedAdamW(SurvivingOptimizer):
     _plan: _Plan | None = None
     _in_graphs: int = -1
     # what was known when it was looked for, and what was found
+    _group_of: tuple[list[list[Tensor]], dict[Tensor, dict[str, Any]]] | None = None
     _sharding: tuple[list[list[Tensor]], Shards] | None = None
 
     def __init__(
@@ -559,7 +560,8 @@ class MaskedAdamW(SurvivingOptimizer):
         """Whether torch.distributed.checkpoint makes this step to see the state: then it counts as none.
 
         No state yet, every lr 0 and every gradient zero. A policy without statistics gets its moments;
-        another the names of all that a checkpoint may bring, until the optimizer is next used.
+        another the names of all that a checkpoint may bring, until the optimizer is next used. From then on
+        state dicts are dense.
         """
         if any(isinstance(p, Tensor) for p in self.state) or any(
             bool(g["lr"] != 0) for g in self.param_groups
@@ -1489,7 +1491,8 @@ class MaskedAdamW(SurvivingOptimizer):
 
     def _last_mask(self, p: Tensor, group: dict[str, Any]) -> Mask:
         clock = self._number("clock")
-        if clock == 0 or "exp_avg" not in self.state.get(p, {}):
+        state = self.state.get(p, {})
+        if clock == 0 or "exp_avg" not in state or not state["step"]:
             return NOTHING
         policy, observed = self._selecting_policy, False
         if policy is not None and policy.schedule.observe is not None:
@@ -1551,13 +1554,20 @@ class MaskedAdamW(SurvivingOptimizer):
         self._enter_graphs()
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; every tensor has the dtype that it has while training."""
+        """As in torch; every tensor has the dtype that it has while training.
+
+        With `optimizer.dense_state_dict = True`, and always where a parameter is a DTensor, every trainable
+        parameter has an entry of the same tensors in every phase, in its own shape and spread as it is, so
+        that `torch.distributed.checkpoint` can load them into any number of processes. Set it right after
+        construction, on this object and not on a wrapper; a look of `torch.distributed.checkpoint` at an
+        optimizer that has not stepped sets it too.
+        """
         self._finish_waiting()
         self._read_clocks()
         return super().state_dict()
 
     def _dense_form(self, p: Tensor) -> dict[str, torch.dtype | int]:
-        group = next(group for group in self.param_groups if any(p is one for one in group["params"]))
+        group = self._groups()[p]
         policy = self._selecting_policy if group["masked"] else None
         compact = policy is not None and self._compact
         wanted = None if p.is_complex() else self.state_dtype
@@ -1585,6 +1595,12 @@ class MaskedAdamW(SurvivingOptimizer):
         if policy.statistic.needs_curvature:
             form["curvature"] = torch.float32
         return form
+
+    def _groups(self) -> dict[Tensor, dict[str, Any]]:
+        """Every parameter with its group."""
+        if self._group_of is None or self._group_of[0] is not self._known:
+            self._group_of = (self._known, {p: g for g in self.param_groups for p in g["params"]})
+        return self._group_of[1]
 
     def _spread(self, p: Tensor, shard: Tensor) -> Tensor:
         return self._shards.like(p, shard) if self._shards else shard
@@ -1658,7 +1674,9 @@ class MaskedAdamW(SurvivingOptimizer):
     def _check_saved_masks(self, final: dict[str, Any], states: list[tuple[Tensor, Any]]) -> None:
         if self._selecting_policy is None or not final["param_groups"]:
             return
-        masked = set(self._masked_parameters())
+        # the saved groups are those that will be
+        saved = [group.get("masked", True) for group in final["param_groups"] for _ in group["params"]]
+        masked = {p for (p, _), is_masked in zip(states, saved, strict=False) if is_masked}
         masks = [state for p, state in states if "indices" in state or "bits" in state]
         if final["param_groups"][0].get("phase", 0) and not masks:
             raise ValueError(

@@ -212,12 +212,7 @@ class SurvivingOptimizer(Optimizer):
         """What this process holds of a tensor in a parameter's shape."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; every tensor has the dtype that it has while training.
-
-        With `dense_state_dict = True`, and always where a parameter is a DTensor, every trainable parameter
-        has an entry of the same tensors in every phase, in its own shape and spread as it is, so that
-        `torch.distributed.checkpoint` can load them into any number of processes.
-        """
+        """See `MaskedAdamW.state_dict`."""
         self._follow_swapped_parameters()
         if not (self.dense_state_dict or self._is_sharded):
             return super().state_dict()
@@ -283,12 +278,14 @@ class SurvivingOptimizer(Optimizer):
             for p, state in self._saved_states(final):
                 if state:
                     check_saved_state(self._name(p), p, state)
+            if self.dense_state_dict or self._is_sharded:
+                self._check_saved_maxima(final)
             saved = [number for group in final["param_groups"] for number in group["params"]]
             params = [p for group in self.param_groups for p in group["params"]]
             kept = {
                 number: self._own_state(p, final["state"][number])
                 for number, p in zip(saved, params, strict=False)
-                if number in final["state"]
+                if final["state"].get(number)
             }
             final = {**final, "state": final["state"] | kept}
             self._check_saved_masks(final, self._saved_states(final))
@@ -331,6 +328,17 @@ class SurvivingOptimizer(Optimizer):
             clock.fill_(self._number("clock"))
         self._remember_parameters()
 
+    def _check_saved_maxima(self, final: dict[str, Any]) -> None:
+        """Refuse amsgrad whose maxima torch.distributed.checkpoint has left out."""
+        for saved in final["param_groups"]:
+            for number in saved["params"] if saved.get("amsgrad") else ():
+                state = final["state"].get(number, {})
+                if "exp_avg" in state and "max_exp_avg_sq" not in state and float(state["step"]):
+                    raise ValueError(
+                        "saved state of a group with amsgrad=True must have max_exp_avg_sq, got "
+                        f"{sorted(state)}; construct the optimizer with amsgrad=True before loading."
+                    )
+
     def _own_state(self, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
         """A parameter's saved state as this optimizer keeps it, and of that what this process holds."""
         if is_dtensor(p):
@@ -340,7 +348,8 @@ class SurvivingOptimizer(Optimizer):
             saved = {key: self._held(p, value) if key in _DENSE else value for key, value in saved.items()}
         if "parts" in saved:
             return from_dense(saved)
-        if (self.dense_state_dict or self._is_sharded) and set(saved) <= _OF_ALL and not saved["step"]:
+        shows = self.dense_state_dict or self._is_sharded
+        if shows and "exp_avg" in saved and set(saved) <= _OF_ALL and not saved["step"]:
             # moments that no step has made yet
             return {key: saved[key] for key in ("step", "key") if "key" in saved}
         return saved
@@ -389,14 +398,14 @@ def to_dense(
     """
     numel, indices, bits = shape.numel(), state.get("indices"), state.get("bits")
     numbers = {key: value for key, value in form.items() if not isinstance(value, torch.dtype)}
-    dense = {key: value for key, value in (numbers | dict(state)).items() if value is not None}
+    dense = numbers | dict(state)
     for key, dtype in form.items():
         if key not in dense and isinstance(dtype, torch.dtype):
             dense[key] = torch.zeros(shape, dtype=dtype, device=device)
     if "mask" not in form:
         return dense
     for key in _DENSE:
-        if key in state and state[key] is not None:
+        if key in state:
             value = state[key].to(device)
             if indices is not None and key in _LISTED:
                 value = value.new_zeros(numel).index_copy_(0, indices.to(device).long(), value).view(shape)
@@ -409,7 +418,7 @@ def to_dense(
     if bool(state.get("nonfinite", False)):
         mask |= _NONFINITE
     dense["mask"] = mask.view(shape)
-    dense["parts"] = sum(1 << i for i, part in enumerate(_PARTS) if state.get(part) is not None)
+    dense["parts"] = sum(1 << i for i, part in enumerate(_PARTS) if part in state)
     for key in ("indices", "bits", "nonfinite"):
         dense.pop(key, None)
     return dense
@@ -433,10 +442,8 @@ def from_dense(dense: Mapping[str, Any]) -> dict[str, Any]:
         state["bits"] = pack_bits(chosen)
     if "statistic" in parts:
         state["nonfinite"] = (mask & _NONFINITE != 0).any()
-    if not parts and not state["step"]:
-        # of a parameter that had no state
-        return {key: value for key, value in state.items() if "key" in state}
-    return state
+    # a parameter without state keeps at most its key
+    return state if parts or state["step"] or "key" in state else {}
 
 
 def check_saved_state(name: str, p: Tensor, state: Any) -> None:
@@ -450,6 +457,11 @@ def check_saved_state(name: str, p: Tensor, state: Any) -> None:
             )
 
     need(isinstance(state, dict), "a dict for each parameter", type(state).__name__)
+    if any(value == {} for key, value in state.items() if key in ("indices", "bits", "nonfinite")):
+        raise ValueError(
+            f"a flat checkpoint must be loaded into an optimizer that has not stepped, got one with state of "
+            f"{name!r}; construct a new one, or leave out flatten_optimizer_state_dict=True."
+        )
     need("step" in state, "a step", sorted(state))
     step = state["step"]
     need(
@@ -469,7 +481,14 @@ def check_saved_state(name: str, p: Tensor, state: Any) -> None:
             spread = is_dtensor(state[key])
             need(not spread or is_dtensor(p), f"a whole tensor as {key}", "a DTensor")
     if "parts" in state:
-        need(isinstance(state["parts"], int), "an integer as parts", state["parts"])
+        parts = state["parts"]
+        known = isinstance(parts, int) and 0 <= parts < 1 << len(_PARTS)
+        need(known, f"an integer below {1 << len(_PARTS)} as parts", parts)
+        named = [part for i, part in enumerate(_PARTS) if parts >> i & 1]
+        there = all(part in state or part in ("indices", "bits") for part in named)
+        need(there and not {"indices", "bits"} <= set(named), f"what parts={parts} names", sorted(state))
+        # a step is never taken without moments
+        need("exp_avg" in named or not float(state["step"]), "the moments of its steps", f"parts={parts}")
         mask, shape = state["mask"], tuple(p.shape)
         fits = mask.dtype == torch.uint8 and mask.shape == p.shape
         need(fits, f"bytes of shape {shape} as mask", f"{mask.dtype} of shape {tuple(mask.shape)}")

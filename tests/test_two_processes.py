@@ -25,6 +25,7 @@ from sparse_optim import (
     SquaredGradient,
     TopK,
 )
+from sparse_optim.integrations.distributed import _hash as mask_hash
 from sparse_optim.integrations.distributed import check_masks
 
 RANKS = 2
@@ -538,9 +539,9 @@ def test_every_way_in_which_ddp_averages_trains_as_averaging_by_hand_does(ranks,
 def test_masks_are_compared_after_the_first_step_and_after_each_selection(ranks):
     bytes_of_all = 8 * len(list(Net().parameters()))
     for rank in ranks:
-        assert rank["checked"]["the same seed"] == [bytes_of_all]
-        assert rank["checked"]["gradients that are averaged"] == [bytes_of_all] * 2
-        # at every change between observing and training
+        assert rank["checked"]["the same seed"] == [bytes_of_all] * 4
+        # in the first step, the third, which selects, and each of the epochs that begin every third step
+        assert rank["checked"]["gradients that are averaged"] == [bytes_of_all] * 5
         assert len(rank["checked"]["selections again and again"]) > 3
 
 
@@ -553,3 +554,9 @@ def test_the_first_mask_that_differs_is_named_with_its_rank(ranks):
         assert f"got another of {name!r} on rank 1 than on rank 0; give all the same seed" in text
         step, text = rank["checked"]["a seed of their own"]
         assert step == 0 and "on rank 1" in text
+
+
+def test_masks_that_differ_in_one_entry_have_other_hashes():
+    masks = torch.eye(3000, dtype=torch.bool)
+    assert len({int(mask_hash(mask)) for mask in masks}) == 3000
+    assert int(mask_hash(masks[0])) == int(mask_hash(masks[0].clone()))

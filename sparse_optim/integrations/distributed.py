@@ -115,8 +115,8 @@ def check_masks(optimizer: MaskedAdamW, group: dist.ProcessGroup | None = None) 
     """Have processes that hold a copy of the model each, as under `DistributedDataParallel`, compare masks.
 
     Masks agree there by themselves: they follow from gradients that are averaged, or from a seed that all
-    share. After the first step and after each selection the processes tell each other 8 bytes a parameter,
-    to see that it is so.
+    share. After the first step, after each selection and in each epoch the processes tell each other 8 bytes
+    a parameter, to see that it is so. What is loaded later is compared after the next of these.
 
     Args:
         optimizer: of which each of the processes has its own. They have to step together.
@@ -126,8 +126,8 @@ def check_masks(optimizer: MaskedAdamW, group: dist.ProcessGroup | None = None) 
         A handle; `handle.remove()` ends the comparing.
 
     Raises:
-        ValueError: for DTensors, which are not copies. RuntimeError: out of `optimizer.step()`, where masks
-            differ.
+        ValueError: for DTensors, which are not copies, and a group of others. RuntimeError: out of
+            `optimizer.step()`, where masks differ.
     """
     params = [p for one in optimizer.param_groups for p in one["params"]]
     if any(isinstance(p, DTensor) for p in params):
@@ -135,13 +135,16 @@ def check_masks(optimizer: MaskedAdamW, group: dist.ProcessGroup | None = None) 
             "check_masks() needs a copy of the model in each process, got DTensors; leave it out, their "
             "masks are parts of one."
         )
-    seen: list[int] = []
+    if dist.get_rank(group) < 0:
+        raise ValueError("group must have this process in it, got one without; make it of all that step.")
+    seen: list[tuple[int, int]] = []
 
     def compare(*_: object) -> None:
-        phase = optimizer.param_groups[0]["phase"]
-        if optimizer.param_groups[0]["clock"] == 0 or seen == [phase]:
+        numbers = optimizer.param_groups[0]
+        now = (numbers["phase"], numbers["epoch"])
+        if numbers["clock"] == 0 or seen == [now]:
             return
-        seen[:] = [phase]
+        seen[:] = [now]
         names = optimizer._all_names()
         own = [_hash(optimizer.mask(p, upcoming=True)).to(params[0].device) for p in names]
         hashes = [torch.stack(own) for _ in range(dist.get_world_size(group))]
