@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import warnings
 import weakref
 import zlib
@@ -252,6 +253,13 @@ class MaskedAdamW(SurvivingOptimizer):
                 f"unselected must be 'frozen' under GradualUnfreezing, got {unselected!r}; its layers start "
                 "untouched."
             )
+        alone = policy is None or (isinstance(policy, TopK) and policy.scope == "tensor")
+        if not alone and _is_partitioned():
+            raise ValueError(
+                "under ZeroRedundancyOptimizer, which gives each process some of the parameters and no "
+                f"names, policy must be None or TopK(scope='tensor'), got {policy!r}; use fully_shard() or "
+                "DistributedDataParallel."
+            )
         self.policy = policy
         self.unselected = unselected
         self.backend = backend
@@ -262,6 +270,7 @@ class MaskedAdamW(SurvivingOptimizer):
         self.observe_unit = observe_unit
         self.statistic_dtype = statistic_dtype
         self.statistic_device = None if statistic_device is None else torch.device(statistic_device)
+        self.dense_state_dict = False
         self._check_memory_options(differentiable)
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -1739,6 +1748,15 @@ _LIBRARY: Any = torch.library.Library("sparse_optim", "FRAGMENT")  # type: ignor
 _LIBRARY.define("step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int optimizer) -> ()", tags=_UNSAFE)
 _LIBRARY.impl("step_", _step_of, "CompositeExplicitAutograd")
 torch.library.register_fake("sparse_optim::step_", lambda *arguments: None, lib=_LIBRARY)
+
+
+def _is_partitioned() -> bool:
+    """Whether ZeroRedundancyOptimizer is making an optimizer."""
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if zero is not None else None
+    while frame is not None and frame.f_globals is not vars(zero):
+        frame = frame.f_back
+    return frame is not None
 
 
 class _Rounding:

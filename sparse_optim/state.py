@@ -55,7 +55,7 @@ class SurvivingOptimizer(Optimizer):
     # attributes that the constructor sets, and that copies and pickles keep
     _configuration: ClassVar[tuple[str, ...]] = ()
     # save every parameter's state in tensors of its shape, the same ones in every phase
-    dense_state_dict: bool = False
+    dense_state_dict: bool
     _loading: dict[str, Any] | None = None
     # the clock on each device where steps are counted without the host, 0-dim int64
     _clocks: dict[torch.device, Tensor]

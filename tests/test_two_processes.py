@@ -4,6 +4,7 @@ One pair of processes runs all methods and writes down what it saw; the tests re
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import warnings
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from sparse_optim import (
+    Bernoulli,
     ChildTuningAdamW,
     DPSAdamW,
     GradDropAdamW,
@@ -378,6 +380,46 @@ def engine(how, rank, *, ddp, method):
     return rows
 
 
+def zero(rank):
+    """Hashes of weights with and without ZeroRedundancyOptimizer, and how it refuses what it would change."""
+    with warnings.catch_warnings():
+        # it uses what torch itself calls old
+        warnings.simplefilter("ignore")
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    policy = TopK(0.3, scope="tensor", schedule=Schedule(observe=2, train=2))
+    make = functools.partial(MaskedAdamW, policy=policy)
+    runs = []
+    for partitioned in (False, True):
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(Net())
+
+        def build(params, partitioned=partitioned):
+            return ZeroRedundancyOptimizer(params, make, lr=0.02) if partitioned else make(params, lr=0.02)
+
+        optimizer = build(model.parameters())
+        generator = torch.Generator().manual_seed(1000 + rank)
+        weights = []
+        for number in range(STEPS):
+            tokens, labels = torch.randint(0, 3, (2, 16), generator=generator)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(tokens), labels).backward()
+            optimizer.step()
+            weights.append(digest(model.parameters()))
+            if partitioned and number == 4:
+                optimizer.consolidate_state_dict(to=0)
+                saved = [optimizer.state_dict() if rank == 0 else None]
+                torch.distributed.broadcast_object_list(saved)
+                optimizer = build(model.parameters())
+                optimizer.load_state_dict(saved[0])
+        runs.append(weights)
+    refused = []
+    for other in (TopK(0.3), Bernoulli(0.3)):
+        with pytest.raises(ValueError) as error:
+            ZeroRedundancyOptimizer(Net().parameters(), functools.partial(MaskedAdamW, policy=other), lr=0.1)
+        refused.append(str(error.value))
+    return [*runs, refused]
+
+
 CHECKED = {
     "the same seed": ("child_tuning_f", {}),
     "gradients that are averaged": ("child_tuning_d", {}),
@@ -416,6 +458,7 @@ def work(rank, folder):
             for how in ENGINES
             for method in ("child_tuning_f", "dps_dense", "second_order")
         }
+        seen["zero"] = zero(rank)
         seen["checked"] = {
             how: checked(name, rank, **({"seed": rank} if "seed" in options else options))
             for how, (name, options) in CHECKED.items()
@@ -534,6 +577,16 @@ def test_every_way_in_which_ddp_averages_trains_as_averaging_by_hand_does(ranks,
             assert len({weights for _, weights in ddp}) > STEPS / 2
         others.append(runs)
     assert others[0] == others[1]
+
+
+def test_zero_redundancy_optimizer_trains_what_is_selected_tensor_by_tensor_and_refuses_the_rest(ranks):
+    for rank in ranks:
+        plain, partitioned, refused = rank["zero"]
+        assert partitioned == plain
+        # two steps observe, two train
+        assert len(set(plain)) == 5
+        for text in refused:
+            assert text.startswith("under ZeroRedundancyOptimizer") and "use fully_shard() or Dist" in text
 
 
 def test_masks_are_compared_after_the_first_step_and_after_each_selection(ranks):
