@@ -1,7 +1,7 @@
 # Each of these is the only command needed on a fresh clone: it sets up .venv by itself, and only once.
 #
 #   make test    the test suite; of cases that take long, a fixed choice of each kind
-#   make test-all  the test suite with every case, which takes three times as long
+#   make test-all  the test suite with every case, which takes longer
 #   make demo    fine-tunes a small pre-trained encoder with each method and compares them; ARGS="--quick" is shorter
 #   make lint    ruff, mypy, and clang-format where it is installed
 #   make bench   measures steps, selections, memory and processes on this machine; ARGS="--quick" is a smoke run

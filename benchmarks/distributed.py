@@ -172,10 +172,9 @@ def predicted(
         return Traffic(all_reduce=present + selects * (4 * weights + begun_and_spoiled))
     counts = 0
     if statistic and phase == "selects":
-        thresholds, groups = tensors if scope == "tensor" else 1, 1
-        # 11, 11 and 10 bits of a float32 score, with one number more in the first round
+        thresholds = tensors if scope == "tensor" else 1
         # 11, 11 and 10 bits of a float32 score, with one number more in the first round; one group
-        counts = 8 * (2048 + 1 + 2048 + 1024) * thresholds + 4 * tensors + 4 * groups
+        counts = 8 * (2048 + 1 + 2048 + 1024) * thresholds + 4 * tensors + 4
     return Traffic(
         all_reduce=counts,
         all_gather=micro_batches * element * (2 * weights - root) // ranks,
