@@ -1,7 +1,10 @@
 """Drop-in optimizers that update a chosen subset of a model's weights, and pay only for that subset."""
 
+from .deltas import Delta, TensorDelta, load_delta, push_delta, save_delta
+from .merging import merge_deltas
 from .methods import ChildTuningAdamW, DPSAdamW, GradDropAdamW, SecondOrderAdamW, param_groups
 from .optimizer import MaskedAdamW
+from .patching import DeltaSwitcher, apply_delta, extract_delta, patch_checkpoint, revert_delta
 from .policies import Bernoulli, GradualUnfreezing, Schedule, TopK
 from .scores import (
     CountedSquaredGradient,
@@ -25,6 +28,8 @@ __all__ = [
     "CountedSquaredGradient",
     "CurvatureScaledGradient",
     "DPSAdamW",
+    "Delta",
+    "DeltaSwitcher",
     "GradDropAdamW",
     "GradualUnfreezing",
     "Lowest",
@@ -36,7 +41,16 @@ __all__ = [
     "SignedGradient",
     "SquaredGradient",
     "Statistic",
+    "TensorDelta",
     "TopK",
+    "apply_delta",
     "estimate_memory",
+    "extract_delta",
+    "load_delta",
+    "merge_deltas",
     "param_groups",
+    "patch_checkpoint",
+    "push_delta",
+    "revert_delta",
+    "save_delta",
 ]

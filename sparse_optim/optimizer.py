@@ -50,6 +50,7 @@ from .state import (
 )
 
 if TYPE_CHECKING:
+    from .deltas import Delta
     from .integrations.distributed import Shards
 
 Unselected = Literal["frozen", "zero_grad", "track"]
@@ -1539,6 +1540,54 @@ class MaskedAdamW(SurvivingOptimizer):
         """Bytes of all tensors in the optimizer's state: moments, masks, statistics, masters."""
         values = [value for state in self.state.values() for value in state.values()]
         return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+    def delta(self, *, base_model: str | None = None) -> Delta:
+        """What training has changed, without the base: the selected entries as they are now.
+
+        For one mask that was selected once and stays, and `unselected="frozen"`. The delta is in mode
+        "replace"; parameters of groups with `masked=False` are stored whole, and buffers are not in it.
+
+        Args:
+            base_model: the base's name, for people.
+
+        Returns:
+            A `Delta` on the CPU, to be saved or applied to the base.
+
+        Raises:
+            ValueError: without names of the parameters, and for any other way of training.
+            RuntimeError: before the selection.
+        """
+        from .deltas import delta_of
+
+        policy = self._selecting_policy
+        if policy is None or not self._compact or policy.schedule.train is not None:
+            raise ValueError(
+                "delta() needs a TopK policy with one mask that stays, and unselected='frozen', got "
+                f"{self._masking()}; use extract_delta(base, model)."
+            )
+        self._follow_swapped_parameters()
+        self._read_clocks()
+        if not self._named:
+            raise ValueError(
+                "delta() needs named parameters, got none; pass param_groups(model) or "
+                "model.named_parameters(), or use extract_delta(base, model)."
+            )
+        if self._shards:
+            raise ValueError(
+                "delta() needs whole parameters, got DTensors; save the model, and use extract_delta."
+            )
+        if self._number("phase") != 1:
+            found = "none yet" if self._number("phase") == 0 else "several"
+            raise RuntimeError(
+                f"delta() needs one selection, got {found}; train first, or use extract_delta(base, model)."
+            )
+        changed: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                nothing = torch.zeros(0, dtype=torch.int32, device=p.device)
+                indices = self.state[p].get("indices", nothing) if p in self.state else nothing
+                changed[self._name(p)] = p.detach(), indices if group["masked"] else None
+        return delta_of(changed, base_model)
 
     # names and keys
 

@@ -230,7 +230,10 @@ def test_without_torch_the_wheel_is_pure_python_and_complete(project, without_to
 
 # Which modules of the package each top-level module may import. "public": the names in sparse_optim.__all__.
 MAY_IMPORT = {
-    "__init__": {"methods", "optimizer", "policies", "scores", "masks", "backends", "deltas", "planning"},
+    "__init__": {
+        "methods", "optimizer", "policies", "scores", "masks", "backends", "deltas", "patching", "merging",
+        "planning",
+    },
     "methods": {"optimizer", "policies", "scores"},
     "optimizer": {"policies", "masks", "backends", "gradient_release", "state"},
     "state": {"backends"},
@@ -239,14 +242,17 @@ MAY_IMPORT = {
     "masks": set(),
     "backends": {"backends"},
     "gradient_release": {"masks", "backends"},
-    "deltas": {"masks", "backends"},
+    "checkpoints": {"state"},
+    "deltas": {"checkpoints"},
+    "patching": {"checkpoints", "deltas", "backends"},
+    "merging": {"checkpoints", "deltas", "patching"},
     "planning": {"public"},
     "plots": {"public"},
     "cli": {"public", "planning", "plots", "deltas", "__main__"},
     "__main__": {"public", "backends", "cli"},
     "nn": {"public", "nn"},
     # what is in `sparse_optim.nn` is public too
-    "integrations": {"public", "integrations", "nn"},
+    "integrations": {"public", "integrations", "nn", "checkpoints", "patching"},
 }  # fmt: skip
 # each is one line inside a function of optimizer.py
 LAZY_EXCEPTIONS = {("optimizer", "integrations.distributed"), ("optimizer", "deltas")}
