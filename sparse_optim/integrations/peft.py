@@ -28,8 +28,8 @@ def to_peft(
     """Write a delta as a PEFT adapter, for `PeftModel.from_pretrained(model, folder)`.
 
     PEFT gives every layer of an adapter the same share of trained entries: layers that changed less are
-    padded with zeros at entries that did not change. Adapters add float32 differences, so that merged weights are
-    those of the tuned model but for a rounding; `apply_delta` gives the very bits. Tensors that the delta
+    padded with zeros at entries that did not change. Adapters add float32 differences: merged weights are
+    those of the tuned model but for a rounding, where `apply_delta` gives the bits. Tensors that the delta
     stores whole, a new head for one, become `modules_to_save`.
 
     Args:
