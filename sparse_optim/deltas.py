@@ -237,12 +237,12 @@ def delta_of(changed: Mapping[str, tuple[Tensor, Tensor | None]], base_model: st
     """Tensors as they are, and which entries of each are not the base's; None: all of them."""
     tensors = {}
     for name, (tensor, indices) in changed.items():
-        flat = tensor.reshape(-1)
-        values = tensor.to("cpu", copy=True).contiguous() if indices is None else flat[indices.long()].cpu()
-        listed = None if indices is None else indices.to(index_dtype(tensor.numel())).cpu()
-        tensors[name] = TensorDelta(
-            tuple(tensor.shape), tensor.dtype, listed, values, tuned=content_hash(tensor)
-        )
+        kind = tuple(tensor.shape), tensor.dtype
+        if indices is None:
+            tensors[name] = TensorDelta(*kind, None, tensor.to("cpu", copy=True).contiguous())
+        else:
+            listed, values = indices.to(index_dtype(tensor.numel())), tensor.reshape(-1)[indices.long()]
+            tensors[name] = TensorDelta(*kind, listed.cpu(), values.cpu(), tuned=content_hash(tensor))
     return Delta(tensors, "replace", base_model)
 
 

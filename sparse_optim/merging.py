@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoints import Source, bits_of, content_hash, weights_of
+from .checkpoints import Kind, Source, bits_of, content_hash, weights_of
 from .deltas import Delta, Mode, TensorDelta, index_dtype, value_dtype
 from .patching import names_in, other_weights
 
@@ -54,7 +54,9 @@ def merge_deltas(
         raise ValueError(f"weights must be left out with how='disjoint', got {weights!r}; use how='sum'.")
     scales = [1.0] * len(deltas) if weights is None else [float(weight) for weight in weights]
     if len(scales) != len(deltas) or not all(map(math.isfinite, scales)):
-        raise ValueError(f"weights must be one number for each of {len(deltas)} deltas, got {weights!r}.")
+        raise ValueError(
+            f"weights must be one number for each of {len(deltas)} deltas, got {weights!r}; count them."
+        )
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density!r}; 1 keeps all differences.")
     first = deltas[0]
@@ -152,7 +154,11 @@ def _reader(base: Source, delta: Delta, names: Iterable[str]) -> Callable[[str, 
     def read(name: str, part: TensorDelta) -> Tensor:
         own = found.get(name)
         if own is None or held.kinds[own] != (part.dtype, part.shape):
-            raise ValueError(f"base must have {name!r} as the deltas have it; pass the base that they share.")
+            got = "none" if own is None else str(held.kinds[own])
+            raise ValueError(
+                f"base must have {name!r} as {Kind(part.dtype, part.shape)}, got {got}; pass the base of the "
+                "deltas."
+            )
         old = held.read(own).cpu()
         if part.base is not None and content_hash(old) != part.base:
             raise ValueError(other_weights("the base's", [name], len(found), delta))
@@ -223,6 +229,8 @@ def _summed(
     meeting: _Meeting, mode: Mode, scales: Sequence[float], cuts: Sequence[float], *, elect: bool
 ) -> tuple[TensorDelta, int]:
     part, indices, places, bits, old, differences = meeting
+    if not indices.size:
+        return _joined(meeting, mode)
     wide = torch.zeros(0, dtype=value_dtype(part.dtype, "add")).numpy().dtype
     total, count = np.zeros(indices.size, wide), np.zeros(indices.size, np.int64)
     kept = (

@@ -391,8 +391,8 @@ def _base_changes(
 
 def _makes_tuned(change: _Change) -> bool:
     part = change.part
-    if part.base is not None:
-        return content_hash(change.tensor) == part.base
+    if part.base is not None or part.indices is None:
+        return part.base in (None, content_hash(change.tensor))
     return part.tuned in (None, content_hash(change.tensor, part.indices, change.bits))
 
 
@@ -503,7 +503,7 @@ class DeltaSwitcher:
         self._steps: dict[str, list[tuple[list[Tensor], list[Tensor], list[Tensor]]]] = {}
         self._active: str | None = None
         # of the weights, as the last switch left them
-        self._versions: dict[int, tuple[Tensor, int]] = {}
+        self._versions: list[tuple[Tensor, int]] = []
         for name, delta in (deltas or {}).items():
             self.add(name, delta, verify=verify)
 
@@ -546,6 +546,9 @@ class DeltaSwitcher:
                 for column, item in zip(columns, (tensor, indices, old[indices.long()] ^ bits), strict=True):
                     column.append(item)
         self._steps[name] = list(groups.values())
+        self._versions += [
+            (tensor, _version(tensor)) for tensors, *_ in groups.values() for tensor in tensors
+        ]
 
     def remove(self, name: str) -> None:
         """Forget a delta that is not active.
@@ -566,7 +569,7 @@ class DeltaSwitcher:
         """
         if name is not None:
             self._check(name)
-        if any(_version(tensor) != version for tensor, version in self._versions.values()):
+        if any(_version(tensor) != version for tensor, version in self._versions):
             raise ValueError(
                 f"weights must be as the last switch left them, got others under {self._active!r}; "
                 "make a new switcher of the base, or extract what was trained as a delta of its own."
@@ -578,15 +581,12 @@ class DeltaSwitcher:
                 with torch.no_grad():
                     move_bits(tensors, indices, bits, "xor")
                 _count_version(tensors)
-                self._remember(tensors)
         self._active = name
+        self._versions = [(tensor, _version(tensor)) for tensor, _ in self._versions]
 
     def _check(self, name: str) -> None:
         if name not in self._steps:
             raise ValueError(f"name must be one of {sorted(self._steps)}, got {name!r}; add() it first.")
-
-    def _remember(self, tensors: Iterable[Tensor]) -> None:
-        self._versions |= {id(tensor): (tensor, _version(tensor)) for tensor in tensors}
 
 
 def _version(tensor: Tensor) -> int:

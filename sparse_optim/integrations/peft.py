@@ -67,7 +67,7 @@ def to_peft(
         layers[owner] = part
     if not layers:
         raise ValueError(
-            "delta must change a weight of an nn.Linear for a PEFT adapter, got none that it does."
+            f"delta must change a weight of an nn.Linear for a PEFT adapter, got {delta!r}; extract another."
         )
     differences = differences_of(model, delta, [f"{owner}.weight" for owner in layers])
     share, sizes = (_shira_sizes if kind == "shira" else _supertuning_sizes)(layers)
