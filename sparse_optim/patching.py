@@ -5,7 +5,7 @@ files.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -304,9 +304,9 @@ def _targets(model: nn.Module | Mapping[str, Tensor], delta: Delta) -> list[tupl
                 f"{held.kinds[own]}; load it in the delta's dtype."
             )
         targets.append((name, part, held.read(own)))
-    owners = list(found.values())
+    owners = Counter(found.values())
     for name, own in found.items():
-        if owners.count(own) > 1:
+        if owners[own] > 1:
             raise ValueError(
                 f"model must have {name!r} apart from others, as the delta has it, got a tensor that is "
                 "tied; untie it first."
@@ -443,8 +443,6 @@ def _write(changes: Sequence[_Change]) -> None:
             move_bits(
                 [change.tensor for change in group], lists, [change.bits for change in group], "replace"
             )
-        counted = [change.tensor for change in changes if not change.tensor.is_inference()]
-        torch.autograd.graph.increment_version(counted)
 
 
 def move_bits(
@@ -580,7 +578,6 @@ class DeltaSwitcher:
             for tensors, indices, bits in self._steps[each] if each is not None else ():
                 with torch.no_grad():
                     move_bits(tensors, indices, bits, "xor")
-                _count_version(tensors)
         self._active = name
         self._versions = [(tensor, _version(tensor)) for tensor, _ in self._versions]
 
@@ -591,11 +588,6 @@ class DeltaSwitcher:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _count_version(tensors: Iterable[Tensor]) -> None:
-    """Let autograd know: what goes through the verbs it does not see."""
-    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 # --- files ---

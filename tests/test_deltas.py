@@ -263,8 +263,10 @@ def test_inference_tensors_are_changed_too():
     delta = extract_delta(base, {"weight": torch.tensor([0.0, 1, 0, 0])})
     apply_delta(model, delta)
     assert model["weight"].tolist() == [0, 1, 0, 0]
-    switcher = DeltaSwitcher({"weight": torch.zeros(4)}, {"task": delta})
+    revert_delta(model, delta)
+    switcher = DeltaSwitcher(model, {"task": delta})
     switcher.activate("task")
+    assert model["weight"].tolist() == [0, 1, 0, 0]
 
 
 # --- what is refused --------------------------------------------------------------------------------------
