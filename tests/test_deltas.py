@@ -649,7 +649,9 @@ def two_tasks(dtype=F32, shared=0.02, own=0.03):
     for i in range(2):
         chosen = (draw < shared) | ((draw >= shared + i * own) & (draw < shared + (i + 1) * own))
         step = torch.randn(64, 64, generator=generator).to(dtype)
-        tasks.append({"weight": torch.where(chosen, base["weight"] + step, base["weight"])})
+        # adding a difference to what is a billion times as large does not give what it was taken of
+        new = torch.where(draw < shared + (i + 0.5) * own, base["weight"] + step, base["weight"] * 1e-9)
+        tasks.append({"weight": torch.where(chosen, new, base["weight"])})
     changed = [task["weight"] != base["weight"] for task in tasks]
     return base, tasks, int((changed[0] & changed[1]).sum())
 
