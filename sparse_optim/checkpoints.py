@@ -252,7 +252,7 @@ def _in_files(paths: Sequence[Path], folder: Path | None) -> Weights:
     for path in paths:
         file = open_safetensors(path)
         mine = []
-        for key in file.offset_keys():
+        for key in sorted(file.keys()):
             part, name = file.get_slice(key), clean_name(key)
             if name in kinds:
                 raise ValueError(

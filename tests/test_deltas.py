@@ -210,7 +210,7 @@ def test_the_pre_trained_encoder_gets_every_byte_back_in_memory_and_in_files(dty
     data = pytest.importorskip("benchmarks.data")
     try:
         weights = data.locate(data.MODEL)
-    except LookupError as error:
+    except ModuleNotFoundError as error:
         pytest.skip(str(error))
     base = {name: t.to(dtype) if t.is_floating_point() else t for name, t in load_file(weights).items()}
     tuned = tuned_from(base, density=0.01)
@@ -609,7 +609,7 @@ def watch():
     while not done:
         peak = max(peak, anonymous())
         time.sleep(0.002)
-watching = threading.Thread(target=watch); watching.start()
+watching = threading.Thread(target=watch, daemon=True); watching.start()
 delta = extract_delta("base.safetensors", "tuned.safetensors")
 patch_checkpoint("base.safetensors", delta, "out.safetensors")
 done = True; watching.join()
