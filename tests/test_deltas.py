@@ -916,6 +916,10 @@ def test_each_method_is_exported_to_stock_peft(method, kind, tmp_path):
             layer.weight.view(-1)[100:] = old.weight.view(-1)[100:]
     delta = extract_delta(base, tuned)
     to_peft(delta, tmp_path / "adapter", model=base, kind=kind)
+    for name, indices in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
+        if name.endswith("indices"):
+            entries = indices.tolist() if indices.dim() == 1 else list(zip(*indices.tolist(), strict=True))
+            assert len(set(entries)) == len(entries) and indices.dtype == torch.int32
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
     tokens = torch.arange(20).view(4, 5)
     torch.testing.assert_close(loaded(tokens), tuned(tokens), rtol=1e-5, atol=1e-5)
@@ -937,7 +941,7 @@ def test_a_new_head_goes_along_to_peft_and_what_peft_cannot_hold_is_refused(tmp_
     base, tuned = make(), make()
     with torch.no_grad():
         tuned.layer[0].weight[0, 0] += 1
-        tuned.classifier.weight += 1
+        tuned.classifier.weight *= 2
     headless = {name: t for name, t in base.state_dict().items() if not name.startswith("classifier")}
     delta = extract_delta(headless, tuned)
     to_peft(delta, tmp_path / "adapter", model=base)
