@@ -80,7 +80,7 @@ def test_the_whole_path_on_the_command_line_gives_the_same_metric_to_the_last_di
         if "--json" in arguments:
             said.append(json.loads(done.stdout))
     results = json.loads((folder / "tuned" / "results.json").read_text())
-    metrics = results["metrics"]
+    metrics = results["runs"]["topk"]["metrics"]
     assert len(said) == 2 and {"accuracy", "macro_f1", "loss"} <= metrics.keys()
     for each in said:
         assert {name: each["metrics"][name] for name in metrics} == metrics

@@ -544,7 +544,11 @@ def test_a_command_names_what_there_is(document, section, above, code):
 
             from sparse_optim.cli import app
 
-            command = get_command(app).commands[words[0]]
+            command = get_command(app)
+            for word in words:
+                if not hasattr(command, "commands"):
+                    break
+                command = command.commands[word]
             known = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= known
         elif program == "python":

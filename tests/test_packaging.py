@@ -248,7 +248,9 @@ MAY_IMPORT = {
     "merging": {"checkpoints", "deltas", "patching"},
     "planning": {"public"},
     "plots": {"public"},
-    "cli": {"public", "planning", "plots", "deltas", "__main__"},
+    # the command is a program: it may know what users know
+    "cli": {"public", "planning", "plots", "finetuning", "integrations", "__main__"},
+    "finetuning": {"public", "checkpoints", "integrations"},
     "__main__": {"public", "backends", "cli"},
     "nn": {"public", "nn"},
     # what is in `sparse_optim.nn` is public too
