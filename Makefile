@@ -4,7 +4,7 @@
 #   make test-all  the test suite with every case, which takes longer
 #   make demo    fine-tunes a small pre-trained encoder with each method and compares them; ARGS="--quick" is shorter
 #   make lint    ruff, mypy, and clang-format where it is installed
-#   make bench   measures steps, selections, memory and processes on this machine; ARGS="--quick" is a smoke run
+#   make bench   measures steps, selections, memory, processes and deltas on this machine; ARGS="--quick" is a smoke run
 #   make gpu     on a machine with a GPU, with the python3 at hand and no network: builds, tests, measures
 #   make clean   removes the environment, the builds and the caches
 #
@@ -72,7 +72,7 @@ demo: setup
 	$(VENV) -m benchmarks.demo $(ARGS)
 
 bench: setup
-	@$(call measure,$(VENV),large distributed)
+	@$(call measure,$(VENV),large distributed deltas)
 
 lint: setup
 	$(VENV) -m ruff check

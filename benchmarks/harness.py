@@ -186,6 +186,9 @@ class Record:
     ring_selecting: float | None = None
     sent: float | None = None
     assumed_gb_per_s: float | None = None
+    # deltas.py: a file, and the entries or values in it
+    file_bytes: int | None = None
+    changed: int | None = None
     bars: str = ""
     reached: str = ""
     met: str = ""

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks import deltas
 from benchmarks.harness import COPY, REPOSITORY, RESULTS, read_csv, verdicts
 from benchmarks.peers import FUSED
 from benchmarks.scaling import SIZES, with_threads
@@ -196,6 +197,87 @@ def paper_table(rows: Sequence[CsvRow]) -> str:
     return table(head, lines, numbers=range(1, len(head)))
 
 
+def delta_size_table(rows: Sequence[CsvRow]) -> str:
+    """Files of deltas and adapters: bytes, and how many for each changed entry."""
+    lines = [
+        [
+            row["row"],
+            f"{float(row['file_bytes']):,.0f}" if row["file_bytes"] else "-",
+            f"{float(row['ideal_bytes']):,.0f}",
+            _per_entry(row) if row["file_bytes"] else row["note"],
+        ]
+        for row in rows
+    ]
+    return table(["", "bytes", "on paper", "bytes per entry"], lines, numbers=range(1, 4))
+
+
+def _per_entry(row: CsvRow) -> str:
+    return f"{float(row['file_bytes']) / int(row['changed']):,.2f}"
+
+
+def allocation_table(rows: Sequence[CsvRow]) -> str:
+    """What an extraction allocates."""
+    lines = [
+        [
+            row["row"],
+            f"{float(row['peak']):.3f}" if row["peak"] else "-",
+            f"{float(row['ideal_bytes']) / int(row['parameters']):.3f}",
+            row["note"],
+            "; ".join(f"{bar}: {reached}, **{word}**" for bar, reached, word in verdicts(row)),
+        ]
+        for row in rows
+    ]
+    head = ["", "bytes per weight", "the delta alone", "in all", "bar: reached"]
+    return table(head, lines, numbers=range(1, 3))
+
+
+def delta_table(rows: Sequence[CsvRow]) -> str:
+    """What a delta costs to keep, to make and to switch, in a line each, beside others."""
+    found = {(row["question"], row["row"]): row for row in rows if row["script"] == "deltas"}
+    lines: list[list[str]] = []
+
+    def line(text: str, mine: str, others: Iterable[tuple[str, str]]) -> None:
+        if mine:
+            lines.append([text, mine, "; ".join(f"{name}: {value}" for name, value in others if value)])
+
+    def size(name: str, density: float, dtype: str) -> str:
+        row = found.get((deltas.SIZE.format(dtype), f"{name}, {100 * density:g} %"))
+        return _per_entry(row) if row and row["file_bytes"] else ""
+
+    def speed(question: str, name: str) -> str:
+        row = found.get((question, name))
+        return _number(f"{1000 * float(row['gb_per_s'])}") if row and row["ms"] else ""
+
+    def time(question: str, name: str) -> str:
+        row = found.get((question, name))
+        return _times(row) if row and row["ms"] else ""
+
+    def allocated(question: str, name: str) -> str:
+        row = found.get((question, name))
+        return f"{float(row['peak']):.3f}" if row and row["peak"] else ""
+
+    for dtype in deltas.DTYPES:
+        for density in deltas.DENSITIES:
+            names = (deltas.SUPERTUNING, deltas.SHIRA, deltas.LORA, deltas.CHECKPOINT)
+            others = ((name, size(name, density, dtype)) for name in names)
+            text = f"file, bytes per changed entry, {dtype}, {100 * density:g} %"
+            line(text, size(deltas.OURS, density, dtype), others)
+    for dtype in deltas.DTYPES:
+        end = f"{dtype}, {100 * deltas.DENSITY:g} %"
+        asked = deltas.EXTRACTION.format(dtype)
+        others = ((name, speed(asked, name)) for name in (deltas.READ, deltas.PLAIN))
+        line(f"extraction, MB/s of both files, {end}", speed(asked, deltas.EXTRACT), others)
+        asked = deltas.MEMORY.format(dtype)
+        beside = [(deltas.PLAIN, allocated(asked, deltas.PLAIN))]
+        line(f"extraction, bytes allocated per weight, {end}", allocated(asked, deltas.EXTRACT), beside)
+    for density in deltas.SWITCHED:
+        asked = deltas.SWITCH.format(100 * density)
+        names = (deltas.RELOAD, deltas.UNMERGED, deltas.MERGED)
+        text = f"switch, ms (20 - 80 %), bfloat16, {100 * density:g} %"
+        line(text, time(asked, deltas.ACTIVATE), ((name, time(asked, name)) for name in names))
+    return table(["", "sparse delta", "beside it"], lines, numbers=range(1, 2)) if lines else ""
+
+
 def size_table(rows: Sequence[CsvRow]) -> str:
     """Nanoseconds per entry, a column for each size."""
     sizes = sorted({int(row["parameters"]) for row in rows})
@@ -268,6 +350,14 @@ def render(rows: Sequence[CsvRow]) -> str:
             elif script == "distributed":
                 parts.append(f"**{question}**, {entries:,} weights")
                 parts.append(distributed_table(same))
+            elif script == "deltas":
+                parts.append(f"**{question}**, {entries:,} weights{_conditions(same)}")
+                if any(row["file_bytes"] for row in same):
+                    parts.append(delta_size_table(same))
+                elif any(row["peak"] for row in same):
+                    parts.append(allocation_table(same))
+                else:
+                    parts.append(timing_table(same))
             elif (script, question) == ("scaling", SIZES):
                 parts.append(f"**cost by size**, up to {entries:,} entries")
                 parts.append(size_table(same))
@@ -275,6 +365,20 @@ def render(rows: Sequence[CsvRow]) -> str:
                 parts.append(f"**{question}**, {entries:,} entries")
                 parts.append(timing_table(same))
     return "\n\n".join(parts)
+
+
+def _conditions(rows: Sequence[CsvRow]) -> str:
+    """What the notes of timed rows say, each thing once."""
+    notes = dict.fromkeys(row["note"] for row in rows if row["ms"])
+    shared = [part for part in next(iter(notes), "").split("; ") if all(part in note for note in notes)]
+    own = [
+        f"{row['row']}: {part}"
+        for row in rows
+        if row["ms"]
+        for part in row["note"].split("; ")
+        if part not in shared
+    ]
+    return "".join(f"; {part}" for part in [*shared, *own] if part)
 
 
 def missing(results: Sequence[Sequence[CsvRow]]) -> str:
@@ -328,6 +432,8 @@ def readme_text(results: Sequence[Sequence[CsvRow]]) -> str:
         if threads:
             parts.append("Whole steps by number of threads, and how many times as fast as with one:")
             parts.append(thread_table(threads))
+        if kept := delta_table(rows):
+            parts += ["What a delta costs to keep, to make and to switch:", kept]
         parts += [f"<details><summary>Every row: {rows[0]['machine']}</summary>", render(rows), "</details>"]
     return "\n\n".join(parts)
 

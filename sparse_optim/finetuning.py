@@ -12,7 +12,6 @@ import csv
 import inspect
 import json
 import math
-import os
 import platform
 import re
 import statistics
