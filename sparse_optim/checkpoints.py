@@ -28,7 +28,8 @@ from .state import clean_name, is_dtensor
 # the words of the safetensors format
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
@@ -44,6 +45,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CHUNK = 1 << 20
 # a header that says more is no header; safetensors' own limit
 _LARGEST_HEADER = 100_000_000
+# Python's own code gives up at some hundred levels; configs have four
+_DEEPEST_JSON = 50
 
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
@@ -175,18 +178,22 @@ def _files_of(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            names = set(json_of(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"{INDEX} must have a weight_map, got {error!r}; save the model again."
+                f"{INDEX} must have a weight_map, got none ({one_line(error)}); save the model again."
             ) from error
         strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
         if strange:
-            raise ValueError(f"{INDEX} must name files beside it, got {strange[0]!r}; save the model again.")
-        missing = sorted(name for name in names if not (folder / name).is_file())
+            got = one_line(repr(strange[0]))
+            raise ValueError(f"{INDEX} must name files beside it, got {got}; save the model again.")
+        # not is_file, which cannot be asked about a name that is too long
+        missing = sorted(names - set(os.listdir(folder)))
+        missing += sorted(name for name in names.difference(missing) if not (folder / name).is_file())
         if missing:
+            got = one_line(repr(missing[0]))
             raise ValueError(
-                f"{folder.name} must have every file of its index, got no {missing[0]!r}; fetch it again."
+                f"{folder.name} must have every file of its index, got no {got}; fetch it again."
             )
         return [folder / name for name in sorted(names)]
     if (folder / WEIGHTS).is_file():
@@ -219,11 +226,40 @@ def from_hub(name: str, file: str | None = None) -> Path:
             return Path(huggingface_hub.hf_hub_download(name, file))
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's own, and those of the libraries under it
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"a path must exist, or be a name on the hub, got {name!r} ({reason}); look for a typing error, "
-            "or fetch the files first."
+            f"a path must exist, or be a name on the hub, got {name!r} ({one_line(error)}); "
+            "look for a typing error, or fetch the files first."
         ) from error
+
+
+def one_line(text: object) -> str:
+    """The beginning of what may come from a file: as a part of a sentence, on whatever terminal."""
+    line = " ".join(str(text)[:200].split()).rstrip(".")
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def json_of(text: str | bytes, deepest: int = _DEEPEST_JSON) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: for anything else, and for what is nested so deeply that it could not be written again.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(deepest):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
 
 
 def open_safetensors(path: Path) -> Any:
@@ -240,7 +276,8 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"{path.name} must be a safetensors file, got {error}; save or fetch it again."
+            f"{path.name} must be a safetensors file, got another ({one_line(error)}); "
+            "save or fetch it again."
         ) from error
 
 
@@ -255,11 +292,11 @@ def _in_files(paths: Sequence[Path], folder: Path | None) -> Weights:
         for key in sorted(file.keys()):
             part, name = file.get_slice(key), clean_name(key)
             if name in kinds:
-                raise ValueError(
-                    f"names must differ, got {name!r} twice in {path.name}; save the model again."
-                )
+                got = one_line(repr(name))
+                raise ValueError(f"names must differ, got {got} twice in {path.name}; save the model again.")
             if (word := part.get_dtype()) not in DTYPES:
-                raise ValueError(f"{name!r} must have a dtype of torch, got {word}; convert it first.")
+                got = one_line(repr(name))
+                raise ValueError(f"{got} must have a dtype of torch, got {word}; convert it first.")
             kinds[name] = Kind(DTYPES[word], tuple(part.get_shape()))
             opened[name], names[name] = file, key
             mine.append(name)
@@ -321,6 +358,22 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def word_of(name: str, dtype: torch.dtype) -> str:
+    """What safetensors calls a tensor's dtype.
+
+    Raises:
+        ValueError: for one that it does not know.
+    """
+    if dtype not in WORDS:
+        raise ValueError(f"{name!r} must have a dtype of safetensors, got {dtype}; convert it first.")
+    return WORDS[dtype]
+
+
+def _is_text(name: str) -> bool:
+    """Whether there are no halves of surrogates, which Python's strings may have and files may not."""
+    return name.encode(errors="ignore").decode() == name
+
+
 def write_safetensors(
     path: Path,
     kinds: Mapping[str, Kind],
@@ -334,8 +387,10 @@ def write_safetensors(
     end = 0
     for name in order:
         dtype, shape = kinds[name]
+        if name == "__metadata__" or not _is_text(name):
+            raise ValueError(f"names must be such as safetensors knows, got {name!r}; rename the tensor.")
         start, end = end, end + kinds[name].nbytes
-        header[name] = {"dtype": WORDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": word_of(name, dtype), "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _LARGEST_HEADER:
@@ -390,7 +445,7 @@ def rewrite_checkpoint(
             write_safetensors(folder / path.name, kinds, read, {"format": "pt"})
             places |= dict.fromkeys(kinds, path.name)
             size += sum(kind.nbytes for kind in kinds.values())
-        if len(source.files) > 1:
+        if (source.folder / INDEX).is_file():
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         for path in folder.iterdir():
@@ -404,7 +459,10 @@ def config_of(source: Weights) -> dict[str, Any] | None:
     if path is None or not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"config.json must be JSON, got {error}; fetch the model again.") from error
+        # two levels less: in a delta it is that much deeper
+        config = json_of(path.read_bytes(), _DEEPEST_JSON - 2)
+    except ValueError as error:
+        raise ValueError(
+            f"config.json must be JSON, got other text ({one_line(error)}); fetch the model again."
+        ) from error
     return config if isinstance(config, dict) else None

@@ -32,7 +32,10 @@ from .checkpoints import (
     bits_of,
     content_hash,
     from_hub,
+    json_of,
+    one_line,
     replacing,
+    word_of,
     write_safetensors,
 )
 
@@ -108,6 +111,13 @@ class Delta:
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
+        if self.config is not None and not all(
+            isinstance(self.config.get(key), Mapping) for key in ("base", "tuned")
+        ):
+            raise ValueError(
+                f"config must be None or hold those of 'base' and 'tuned', got {list(self.config)}; "
+                "give both."
+            )
         for name, part in self.tensors.items():
             _check_part(name, part, self.mode)
 
@@ -256,7 +266,7 @@ def save_delta(delta: Delta, path: str | os.PathLike[str]) -> None:
     gives the same bytes.
 
     Raises:
-        ValueError: for a path whose folder is missing.
+        ValueError: for a path whose folder is missing, and for dtypes that safetensors does not know.
     """
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
@@ -273,7 +283,7 @@ def save_delta(delta: Delta, path: str | os.PathLike[str]) -> None:
         "tensors": {},
     }
     for name, part in delta.tensors.items():
-        about: dict[str, Any] = {"dtype": WORDS[part.dtype], "shape": list(part.shape)}
+        about: dict[str, Any] = {"dtype": word_of(name, part.dtype), "shape": list(part.shape)}
         if part.indices is None:
             payload[name + _VALUES] = part.values
         else:
@@ -282,9 +292,12 @@ def save_delta(delta: Delta, path: str | os.PathLike[str]) -> None:
                 code, about["rice"] = encode_indices(part.indices.cpu().numpy())
                 payload[name + _INDICES] = torch.from_numpy(code)
                 payload[name + _VALUES] = part.values
-        about |= {key: value for key, value in (("base", part.base), ("tuned", part.tuned)) if value}
+        hashes = (("base", part.base), ("tuned", part.tuned))
+        about |= {key: value for key, value in hashes if value is not None}
         manifest["tensors"][name] = about
     kinds = {name: Kind(tensor.dtype, tuple(tensor.shape)) for name, tensor in payload.items()}
+    # as it will be read: a config's keys may be numbers, which JSON makes strings, of another order
+    manifest = json_of(json.dumps(manifest))
     manifest["checksum"] = _checksum(
         manifest,
         {name: (WORDS[t.dtype], list(t.shape), bits_of(t).cpu().numpy().data) for name, t in payload.items()},
@@ -310,11 +323,9 @@ def load_delta(path: str | os.PathLike[str]) -> Delta:
     try:
         return _parsed(path.read_bytes())
     except _DamagedError as error:
-        reason = str(error)
-    except RecursionError:
-        reason = "a manifest that is nested too deeply"
+        got = one_line(error)
     raise ValueError(
-        f"{path.name} must be a delta as save_delta writes it, got {reason}; fetch or extract it again."
+        f"{path.name} must be a delta as save_delta writes it, got {got}; fetch or extract it again."
     )
 
 
@@ -339,10 +350,9 @@ def _parsed(file: bytes) -> Delta:
     try:
         payload = dict(deserialize(file))  # type: ignore[no-untyped-call]
         length = int.from_bytes(file[:8], "little")
-        text = json.loads(file[8 : 8 + length])["__metadata__"][_KEY]
-        manifest = json.loads(text)
+        manifest = json_of(json_of(file[8 : 8 + length])["__metadata__"][_KEY])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _DamagedError(f"no manifest ({type(error).__name__}: {str(error)[:100]})") from error
+        raise _DamagedError(f"no manifest ({type(error).__name__}: {error})") from error
     about = _Fields("manifest", manifest)
     version = about.take("format", int)
     if version != FORMAT:
@@ -372,10 +382,9 @@ def _parsed(file: bytes) -> Delta:
         "conflicts": about.take("conflicts", int),
     }
     about.end()
-    try:
-        return Delta(tensors, mode, aliases=aliases, config=config, **made)
-    except ValueError as error:
-        raise _DamagedError(str(error)) from error
+    if not 0 <= made["conflicts"] < 2**62:
+        raise _DamagedError("a number of conflicts that is none")
+    return Delta(tensors, mode, aliases=aliases, config=config, **made)
 
 
 class _Fields:
@@ -405,8 +414,9 @@ def _part_of(name: str, about: _Fields, mode: Mode, payload: dict[str, Any]) -> 
     if len(shape) > 64 or not all(type(size) is int and 0 <= size < 2**62 for size in shape):
         raise _DamagedError(f"shape of {name!r} that is none")
     dtype, numel = DTYPES[word], math.prod(shape)
-    if numel >= 2**62:
-        raise _DamagedError(f"{name!r} of {numel} entries")
+    # without zeros, too: torch multiplies the strides of empty tensors
+    if math.prod(max(1, size) for size in shape) >= 2**62:
+        raise _DamagedError(f"shape of {name!r} that is too large")
     hashes = {key: about.take(key, str) for key in ("base", "tuned") if key in about.fields}
     if "changed" not in about.fields:
         about.end()
@@ -414,6 +424,8 @@ def _part_of(name: str, about: _Fields, mode: Mode, payload: dict[str, Any]) -> 
         return TensorDelta(tuple(shape), dtype, None, values, **hashes)
     changed = about.take("changed", int)
     stored = value_dtype(dtype, mode)
+    if changed and mode == "add" and not dtype.is_floating_point:
+        raise _DamagedError(f"differences of {name!r}, which is {dtype}")
     if changed == 0:
         about.end()
         empty = torch.zeros(0, dtype=index_dtype(numel)), torch.zeros(0, dtype=stored)
@@ -438,7 +450,7 @@ def _tensor_of(key: str, payload: dict[str, Any], dtype: torch.dtype, shape: tup
         raise _DamagedError(f"no {key!r} of the shape and dtype that its manifest says")
     if not math.prod(shape):
         return torch.zeros(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(found["data"]), dtype=INTEGERS[dtype.itemsize]).view(dtype).view(shape)
+    return torch.frombuffer(found["data"], dtype=INTEGERS[dtype.itemsize]).view(dtype).view(shape)
 
 
 def _checksum(manifest: Mapping[str, Any], payload: Mapping[str, tuple[str, Sequence[int], Any]]) -> str:
@@ -485,19 +497,25 @@ def decode_indices(
         and code[last - 1]
     ):
         return None
-    ends = np.flatnonzero(np.unpackbits(code[:last], bitorder="little"))
-    if ends.size != count:
+    gaps = np.flatnonzero(np.unpackbits(code[:last], bitorder="little"))
+    if gaps.size != count:
         return None
-    gaps = (np.diff(ends, prepend=-1) - 1) << rice
+    # in place: these are the largest arrays of a load
+    gaps[1:] -= gaps[:-1] + 1
+    if (gaps > numel >> rice).any():
+        return None
+    gaps <<= rice
     for bit in range(rice):
         bits = np.unpackbits(code[last + bit * plane : last + (bit + 1) * plane], bitorder="little")
         if bits[count:].any():
             return None
-        gaps |= bits[:count].astype(np.int64) << bit
+        gaps |= np.left_shift(bits[:count], bit, dtype=np.int64)
     # in floating-point first, which cannot wrap around
     if gaps.sum(dtype=np.float64) > 2.0**62:
         return None
-    indices = np.cumsum(gaps + 1) - 1
+    gaps += 1
+    indices = np.cumsum(gaps, out=gaps)
+    indices -= 1
     return indices if indices[-1] < numel else None
 
 

@@ -708,6 +708,7 @@ def save_masks(masks: Mapping[str, Tensor], path: Path, metadata: Mapping[str, s
         else:
             tensors[f"{name}.bits"] = torch.from_numpy(numpy.packbits(flat.numpy(), bitorder="little"))
     shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         save_file(tensors, file, {**metadata, "shapes": shapes})
 

@@ -333,14 +333,18 @@ def _targets(model: nn.Module | Mapping[str, Tensor], delta: Delta) -> list[tupl
                 f"{held.kinds[own]}; load it in the delta's dtype."
             )
         targets.append((name, part, held.read(own)))
-    owners = Counter(found.values())
+    _check_untied(found)
+    return targets
+
+
+def _check_untied(found: Mapping[str, str | None]) -> None:
+    owners = Counter(own for own in found.values() if own is not None)
     for name, own in found.items():
-        if owners[own] > 1:
+        if own is not None and owners[own] > 1:
             raise ValueError(
                 f"model must have {name!r} apart from others, as the delta has it, got a tensor that is "
                 "tied; untie it first."
             )
-    return targets
 
 
 def names_in(held: Weights, delta: Delta, names: Iterable[str] | None = None) -> dict[str, str | None]:
@@ -652,6 +656,7 @@ def patch_checkpoint(
     if not output.parent.is_dir() or (held.folder is None and output.is_dir()):
         raise ValueError(f"output must be in a folder that exists, got {str(output)!r}; make the folder.")
     found = names_in(held, delta)
+    _check_untied(found)
     own_parts: dict[str, tuple[str, TensorDelta]] = {}
     added: dict[str, TensorDelta] = {}
     for name, part in delta.tensors.items():
@@ -673,6 +678,12 @@ def patch_checkpoint(
             continue
         names[own] = own.removeprefix(delta.prefix) if revert else delta.prefix * bare + own
     owners = {new: own for own, new in names.items()}
+    if len(owners) < len(names):
+        twice = next(new for own, new in names.items() if owners[new] != own)
+        raise ValueError(
+            f"names must differ without {delta.prefix!r}, got two that become {twice!r}; rename one "
+            "of the tensors."
+        )
     total = sum(held.kinds[own].nbytes for own in names)
     with _bar(total, "writing") as advance:
 

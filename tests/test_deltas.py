@@ -38,6 +38,7 @@ from sparse_optim import (
     load_delta,
     merge_deltas,
     patch_checkpoint,
+    patching,
     push_delta,
     revert_delta,
     save_delta,
@@ -235,6 +236,26 @@ def test_the_pre_trained_encoder_gets_every_byte_back_in_memory_and_in_files(dty
     assert per_entry < (5.2 if dtype == F32 else 3.2), per_entry
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("numel", [0, 1, 63, 64, 65, 200])
+def test_places_of_all_chunks_are_found(numel, mode, monkeypatch):
+    monkeypatch.setattr(patching, "_CHUNK", 64)
+    base = {"w": torch.arange(numel, dtype=F32)}
+    tuned = clone(base)
+    tuned["w"][::63] += 0.5
+    tuned["w"][-1:] += 0.25
+    delta = extract_delta(base, tuned, mode=mode)
+    expected = (base["w"] != tuned["w"]).nonzero().view(-1)
+    assert torch.equal(delta.tensors["w"].indices.long(), expected)
+    if mode == "add":
+        assert torch.equal(delta.tensors["w"].values, (tuned["w"] - base["w"])[expected])
+    model = clone(base)
+    apply_delta(model, delta)
+    assert same_bits(model, tuned)
+    revert_delta(model, delta, base=None if mode == "xor" else base)
+    assert same_bits(model, base)
+
+
 def test_views_strides_and_parameters_are_changed_in_place():
     layer = nn.Linear(8, 6)
     base = copy.deepcopy(layer)
@@ -344,6 +365,8 @@ def test_a_delta_cannot_be_made_of_what_does_not_fit(part, match):
     one_sentence(error)
     with pytest.raises(ValueError, match="mode must be"):
         Delta({}, "swap")
+    with pytest.raises(ValueError, match="config must be None or hold"):
+        Delta({}, "xor", config={"labels": 3})
 
 
 def test_extracting_refuses_two_models_that_are_not_of_one_kind():
@@ -551,6 +574,26 @@ def test_a_sharded_folder_becomes_the_tuned_folder_and_the_base_again(tmp_path):
         patch_checkpoint(out, extract_delta(folder, other, mode="replace"), tmp_path / "x", revert=True)
     with pytest.raises(TypeError, match="source must be a path"):
         patch_checkpoint(base, delta, tmp_path / "x")
+
+
+def test_two_tensors_of_a_delta_that_are_one_in_a_checkpoint_are_refused(tmp_path):
+    base = {"w": torch.zeros(3), "v": torch.zeros(2)}
+    tuned = {"m.w": torch.ones(3), "m.v": torch.zeros(2), "w": torch.ones(3)}
+    delta = extract_delta(base, {name: t for name, t in tuned.items() if name != "w"})
+    both = Delta(
+        {**delta.tensors, "w": TensorDelta((3,), F32, INDEX - 1, torch.zeros(2, dtype=torch.int32))}, "xor",
+        prefix="m.",
+    )  # fmt: skip
+    save_file(base, tmp_path / "base.safetensors")
+    with pytest.raises(ValueError, match="apart from others") as error:
+        patch_checkpoint(tmp_path / "base.safetensors", both, tmp_path / "out.safetensors")
+    one_sentence(error)
+    # and back, two names that would become one
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    with pytest.raises(ValueError, match=r"names must differ without 'm\.'") as error:
+        patch_checkpoint(tmp_path / "tuned.safetensors", delta, tmp_path / "out.safetensors", revert=True)
+    one_sentence(error)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_file_can_be_patched_in_its_own_place(tmp_path):
