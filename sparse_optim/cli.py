@@ -666,7 +666,10 @@ def show(
     each = numbers.pop("per_tensor")
     table = Table("", "")
     for name, value in numbers.items():
-        table.add_row(_word(name), f"{value:,}" if isinstance(value, int) else str(value))
+        text = f"{value:,}" if isinstance(value, int) else str(value or "-")
+        if isinstance(value, float):
+            text = f"{value:.4%}" if name == "density" else f"{value:.2f}"
+        table.add_row(_word(name), text)
     console.print(table)
     table = Table("tensor", "shape", "entries", "changed", "density", "bytes")
     ranked = sorted(each, key=lambda name: each[name]["density"], reverse=True)
