@@ -37,8 +37,10 @@ WORDS = {dtype: word for word, dtype in DTYPES.items()}
 # integers of each width, as which bits are compared, hashed and moved
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# what of a model's folder goes along with changed weights
-_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py", ".md")
+# what of a model's folder goes along with changed weights: no weights in other formats, which would be stale
+_COMPANIONS = (
+    ".json", ".txt", ".model", ".jinja", ".py", ".md", ".spm", ".tiktoken", ".bpe", ".vocab", ".yaml",
+)  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # entries hashed at a time: 4 MiB of float32 stay in the cache
@@ -127,7 +129,24 @@ def plain(name: str, tensor: object) -> Tensor:
         raise ValueError(
             f"{name!r} must have entries of at most 8 bytes, got {tensor.dtype}; convert it first."
         )
+    if tensor.is_conj() or tensor.is_neg():
+        raise ValueError(f"{name!r} must hold its own bits, got a conjugate or negative view; clone it.")
     return tensor.detach()
+
+
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Where the entries lie: two tensors of one place are one."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two entries may share memory, as in what `expand` and `as_strided` make."""
+    extent = 0
+    for stride, size in sorted((stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride <= extent:
+            return bool(tensor.numel())
+        extent += (size - 1) * stride
+    return False
 
 
 def _in_memory(tensors: Mapping[str, Any]) -> Weights:
@@ -137,6 +156,8 @@ def _in_memory(tensors: Mapping[str, Any]) -> Weights:
     aliases: dict[str, str] = {}
     first_at: dict[tuple[Any, ...], str] = {}
     for key, tensor in tensors.items():
+        if not isinstance(key, str):
+            raise TypeError(f"names must be strings, got {key!r}; rename the tensor.")
         if key.endswith("_extra_state") and not isinstance(tensor, Tensor):
             continue
         name = clean_name(key)
@@ -147,8 +168,7 @@ def _in_memory(tensors: Mapping[str, Any]) -> Weights:
                 "pass the model without its wrappers."
             )
         names[name] = key
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        earlier = first_at.setdefault(place, name) if tensor.numel() else name
+        earlier = first_at.setdefault(place_of(tensor), name) if tensor.numel() else name
         if earlier != name:
             aliases[name] = earlier
         else:
@@ -307,6 +327,12 @@ def _in_files(paths: Sequence[Path], folder: Path | None) -> Weights:
         return tensor
 
     return Weights(kinds, read, {}, files, folder, names)
+
+
+def renamed_key(key: str, own: str, new: str) -> str:
+    """What a file calls a tensor, whose plain name changes from `own` to `new` at the front."""
+    renamed = new.removesuffix(own) + key if new.endswith(own) else key.removeprefix(own.removesuffix(new))
+    return renamed if clean_name(renamed) == new else new
 
 
 def bits_of(tensor: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ sentence, 130 when interrupted, 1 for anything else.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
+import os
 import random
 import re
 import statistics
@@ -40,7 +42,14 @@ from . import (
     param_groups,
 )
 from .__main__ import report
+from .checkpoints import one_line
 from .planning import MemoryEstimate, model_on_meta
+
+# what a path can have that another would not
+_ABOUT_PATHS = {
+    errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 class _Commands(TyperGroup):
@@ -70,12 +79,12 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
             if not _is_about_input(error):
                 raise
             _refuse(str(error))
-        except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-            if error.filename is None:
+        except OSError as error:
+            if error.filename is None or error.errno not in _ABOUT_PATHS:
                 raise
             _refuse(f"{error.filename!r} must be a path to use here, got: {error.strerror}; check it.")
 
@@ -242,6 +251,7 @@ FidelityOption = Annotated[Fidelity, typer.Option(help="of the method, to its pa
 BatchSize = Annotated[int, typer.Option(help="texts a step")]
 DeltaFile = Annotated[Path, typer.Argument(help="a file that `delta extract` or `finetune` wrote")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="where to write")]
+Without = Annotated[list[str] | None, typer.Option(help="tensors to leave out, as 'classifier.*'; repeats")]
 Picture = Annotated[Path | None, typer.Option(help="a .png file; the numbers go beside it, as .csv")]
 
 
@@ -347,6 +357,7 @@ def mask(
     """
     finetuning = _finetuning("mask")
     _check_picture(picture)
+    _check_file(save_mask, "save_mask")
     recipe = finetuning.Recipe(
         model=model, data=data, task=task.value, text_column=text_column, label_column=label_column,
         method=method.value, fidelity=fidelity.value, density=density, observe_batches=observe_batches,
@@ -422,6 +433,7 @@ def finetune(
     )  # fmt: skip
     checkpoints = _checkpoints(output, resume)
     _check_picture(None if pictures is None else pictures / "costs.png")
+    _check_file(delta_file, "delta")
     if save_steps is not None and (save_steps < 1 or output is None):
         _refuse(f"save_steps must be positive, with an output, got {save_steps!r}; leave it out.")
     bar = _shows_bars(as_json)
@@ -626,6 +638,7 @@ def merge(
     base: Annotated[str | None, typer.Option(help="the base, which sum and ties need")] = None,
     weights: Annotated[str | None, typer.Option(help="one for each delta, as 0.5,0.5")] = None,
     density: Annotated[float, typer.Option(help="of ties: share of each delta that is kept")] = 0.2,
+    without: Without = None,
     as_json: AsJson = False,
 ) -> None:
     """Write one delta of several.
@@ -636,8 +649,9 @@ def merge(
 
     scales = None if weights is None else _numbers(weights)
     found = merge_deltas(
-        [load_delta(file) for file in files], how=how.value, base=base, weights=scales, density=density
-    )
+        [load_delta(file).without(*(without or ())) for file in files],
+        how=how.value, base=base, weights=scales, density=density,
+    )  # fmt: skip
     save_delta(found, output)
     _show_written(found, output, as_json)
 
@@ -688,6 +702,7 @@ def to_peft_(
     kind: Annotated[Kind, typer.Option(help="of PEFT's adapters")] = Kind.SHIRA,
     task: TaskOption = Task.CAUSAL_LM,
     dtype: DtypeOption = None,
+    without: Without = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a delta as an adapter that PEFT loads.
@@ -698,7 +713,7 @@ def to_peft_(
     from .integrations.peft import to_peft
 
     finetuning = _finetuning("delta to-peft")
-    found = load_delta(file)
+    found = load_delta(file).without(*(without or ()))
     recipe = finetuning.Recipe(
         model=model, data="", task=task.value, dtype=None if dtype is None else dtype.value
     )
@@ -721,8 +736,17 @@ def push(
     """
     from . import load_delta, push_delta
 
+    found = load_delta(file)
     with _talking_to_stderr():
-        url = push_delta(load_delta(file), repository, private=private)
+        try:
+            url = push_delta(found, repository, private=private)
+        except ImportError:
+            raise
+        except Exception as error:  # the hub's own, and those of the libraries under it
+            raise ValueError(
+                f"repository must be one that can be written, got {repository!r} ({one_line(error)}); log "
+                "in, or name another."
+            ) from error
     if as_json:
         _print_json({"url": url})
     else:
@@ -945,12 +969,24 @@ def _checkpoints(output: Path | None, resume: bool) -> Path | None:
 
 def _check_picture(path: Path | None) -> None:
     """Before the work that is to be drawn."""
+    if path is not None and path.suffix != ".png":
+        raise ValueError(f"picture must be a .png file, got {str(path)!r}; change its ending.")
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(f"{str(path)!r} needs matplotlib, got none; pip install matplotlib.")
+    _check_file(path, "picture")
+
+
+def _check_file(path: Path | None, option: str) -> None:
+    """Make the folder of what is to be written after the work, before it."""
     if path is None:
         return
-    if path.suffix != ".png":
-        raise ValueError(f"picture must be a .png file, got {str(path)!r}; change its ending.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(f"{str(path)!r} needs matplotlib, got none; pip install matplotlib.")
+    if path.is_dir():
+        raise ValueError(f"{option} must be a file, got the folder {str(path)!r}; name a file in it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(
+            f"{option} must be in a folder that can be written, got {str(path)!r}; name another."
+        )
 
 
 def _draw_density(selection: Any, path: Path | None) -> None:

@@ -428,8 +428,9 @@ def _part_of(name: str, about: _Fields, mode: Mode, payload: dict[str, Any]) -> 
         raise _DamagedError(f"differences of {name!r}, which is {dtype}")
     if changed == 0:
         about.end()
-        empty = torch.zeros(0, dtype=index_dtype(numel)), torch.zeros(0, dtype=stored)
-        return TensorDelta(tuple(shape), dtype, *empty, **hashes)
+        # not where a default device says
+        listed, values = (torch.zeros(0, dtype=of, device="cpu") for of in (index_dtype(numel), stored))
+        return TensorDelta(tuple(shape), dtype, listed, values, **hashes)
     rice = about.take("rice", int)
     about.end()
     # first what the file has to have a byte for
@@ -449,7 +450,7 @@ def _tensor_of(key: str, payload: dict[str, Any], dtype: torch.dtype, shape: tup
     if found is None or (found["dtype"], tuple(found["shape"])) != (WORDS[dtype], shape):
         raise _DamagedError(f"no {key!r} of the shape and dtype that its manifest says")
     if not math.prod(shape):
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(found["data"], dtype=INTEGERS[dtype.itemsize]).view(dtype).view(shape)
 
 

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -61,7 +60,7 @@ from sparse_optim import (
     param_groups,
     save_delta,
 )
-from sparse_optim.checkpoints import replacing
+from sparse_optim.checkpoints import Kind, replacing, write_safetensors
 from sparse_optim.integrations.transformers import SparseOptimCallback, trainer_optimizer
 
 # of evaluation: another size pads other sentences together, and the last digits of a metric change
@@ -360,6 +359,11 @@ def load(name: str, task: str, *, labels: Sequence[str] | None, seed: int, dtype
     Raises:
         ValueError: for classes that are no choice, and for a model that cannot be loaded from safetensors.
     """
+    if Path(name).is_file():
+        # of which transformers would unpickle the weights
+        raise ValueError(
+            f"model must be a folder or a name on the hub, got the file {name!r}; name its folder."
+        )
     given: Any = {"trust_remote_code": False}
     with _loading(name):
         config = AutoConfig.from_pretrained(name, **given)
@@ -709,8 +713,9 @@ def save_masks(masks: Mapping[str, Tensor], path: Path, metadata: Mapping[str, s
             tensors[f"{name}.bits"] = torch.from_numpy(numpy.packbits(flat.numpy(), bitorder="little"))
     shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
+    kinds = {name: Kind(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with replacing(path) as file:
-        save_file(tensors, file, {**metadata, "shapes": shapes})
+        write_safetensors(file, kinds, tensors.__getitem__, {**metadata, "shapes": shapes})
 
 
 class Run(NamedTuple):
@@ -743,6 +748,8 @@ def finetune(
         trainer, _, clock = make_trainer(
             recipe, loaded, examples, where, bar=bar, save_steps=save_steps, saves=folder is not None
         )
+        if folder is not None:
+            keep_recipe(recipe, folder, resume=resume)
         trainer.train(resume_from_checkpoint=resume or None)
     log = trainer.state.log_history
     seconds = clock.seconds_per_step()
@@ -792,17 +799,40 @@ def evaluate_saved(recipe: Recipe, delta_file: Path | None, *, bar: bool) -> dic
     data = read_corpus(recipe, recipe.data)
     delta = None if delta_file is None else load_delta(delta_file)
     loaded = load_base(recipe, delta, None if delta is None else data.labels)
-    if delta is not None:
-        apply_delta(loaded.model, delta)
-    elif loaded.fresh:
+    known = () if delta is None else {*delta.tensors, *delta.aliases}
+    untrained = [name for name in loaded.fresh if name not in known]
+    if untrained:
         raise ValueError(
             f"model must have been trained for {recipe.task}, got {recipe.model!r} without "
-            f"{loaded.fresh[0]!r}; give what finetune saved, or a delta."
+            f"{untrained[0]!r}; give what finetune saved, or a delta of this task."
         )
+    if delta is not None:
+        apply_delta(loaded.model, delta)
     examples = encode(loaded, data, recipe.max_length, recipe.data)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     metrics = evaluate(loaded.model, examples, Collate(loaded.tokenizer, recipe.task), recipe.task, bar=bar)
     return {"metrics": metrics, "rows": len(examples)}
+
+
+def keep_recipe(recipe: Recipe, folder: Path, *, resume: bool) -> None:
+    """Write the recipe beside the checkpoints, or compare it with the one that made them.
+
+    Raises:
+        ValueError: for a resumed run that would be another.
+    """
+    path, mine = folder / "recipe.json", asdict(recipe)
+    if resume and path.is_file():
+        made = json.loads(path.read_text("utf-8"))
+        for name, value in mine.items():
+            if name in made and made[name] != value:
+                raise ValueError(
+                    f"{name} must be {made[name]!r}, as in the run that is resumed, got {value!r}; give the "
+                    "same options, or another output without resume."
+                )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write_text(json.dumps(mine, indent=2) + "\n")
 
 
 def as_adamw(recipe: Recipe) -> Recipe:

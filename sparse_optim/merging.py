@@ -38,7 +38,8 @@ def merge_deltas(
         density: of "ties": share of the changed entries of each delta that is kept.
 
     Returns:
-        A delta; its `conflicts` are the entries that more than one changes.
+        A delta; its `conflicts` are the entries that more than one changes, with "ties" of those that are
+        kept.
 
     Raises:
         ValueError: for deltas of different bases or modes, and for conflicts with "disjoint".

@@ -27,6 +27,9 @@ from .checkpoints import (
     bits_of,
     config_of,
     content_hash,
+    overlaps_itself,
+    place_of,
+    renamed_key,
     rewrite_checkpoint,
     weights_of,
 )
@@ -90,8 +93,8 @@ def extract_delta(
             index, or a name on the Hugging Face hub.
         tuned: likewise.
         mode: "xor" stores old bits xor new bits, so that the delta applies and reverts, to the bit; "replace"
-            the new values; "add" the differences, to be added to other weights as well, which is exact but
-            for rounding.
+            the new values; "add" the differences, to be added to other weights as well: exact but for
+            rounding, of finite numbers whose difference is finite.
         base_model: the base's name, for people; by default its name on the hub, or its folder's.
         ignore: patterns of names (of the tuned model, or of the base) to leave out, such as "pooler.*".
 
@@ -332,18 +335,28 @@ def _targets(model: nn.Module | Mapping[str, Tensor], delta: Delta) -> list[tupl
                 f"model must have {name!r} as {Kind(part.dtype, part.shape)}, got "
                 f"{held.kinds[own]}; load it in the delta's dtype."
             )
-        targets.append((name, part, held.read(own)))
-    _check_untied(found)
+        tensor = held.read(own)
+        if overlaps_itself(tensor):
+            raise ValueError(f"{name!r} must have memory for each entry, got an expanded view; clone it.")
+        targets.append((name, part, tensor))
+    _check_ties(held, found, delta)
     return targets
 
 
-def _check_untied(found: Mapping[str, str | None]) -> None:
+def _check_ties(held: Weights, found: Mapping[str, str | None], delta: Delta) -> None:
+    """Refuse weights in which other tensors are one than in the delta."""
     owners = Counter(own for own in found.values() if own is not None)
     for name, own in found.items():
         if own is not None and owners[own] > 1:
             raise ValueError(
                 f"model must have {name!r} apart from others, as the delta has it, got a tensor that is "
                 "tied; untie it first."
+            )
+    for alias, name in delta.aliases.items():
+        if alias in held.kinds and found.get(name) not in (None, alias):
+            raise ValueError(
+                f"model must have {alias!r} tied to {name!r}, as the delta has it, got a tensor of its own; "
+                "tie it, or extract the delta from models that have both."
             )
 
 
@@ -595,16 +608,21 @@ class DeltaSwitcher:
         if name == self._active:
             raise ValueError(f"name must not be active, got {name!r}; activate(None) first.")
         del self._steps[name]
+        kept = {id(t) for groups in self._steps.values() for tensors, *_ in groups for t in tensors}
+        self._versions = [(tensor, version) for tensor, version in self._versions if id(tensor) in kept]
 
     def activate(self, name: str | None) -> None:
         """Give the model the weights of one delta, or with None the base's.
 
         Raises:
-            ValueError: for an unknown name, and for weights that others have changed since the last switch.
+            ValueError: for an unknown name, and for weights that others have changed or replaced since the
+                last switch. What is changed through `.data` is not seen.
         """
         if name is not None:
             self._check(name)
-        if any(_version(tensor) != version for tensor, version in self._versions):
+        held = self._model.state_dict() if isinstance(self._model, nn.Module) else self._model
+        places = {place_of(tensor) for tensor in held.values() if isinstance(tensor, Tensor)}
+        if any(place_of(each) not in places or _version(each) != version for each, version in self._versions):
             raise ValueError(
                 f"weights must be as the last switch left them, got others under {self._active!r}; "
                 "make a new switcher of the base, or extract what was trained as a delta of its own."
@@ -635,9 +653,9 @@ def patch_checkpoint(
 ) -> None:
     """Write the tuned model's files from the base's, or with `revert` the base's from the tuned ones.
 
-    Tensor by tensor, so that no more than one is in memory. Files of a folder that are not weights, such as a
-    tokenizer's, are copied; config.json is that of the tuned model, if the delta knows it. What is under the
-    name `output` is what was there before, or all that is new.
+    Tensor by tensor, so that no more than one is in memory. A folder's texts, configs and tokenizer files are
+    copied, but not its subfolders; config.json is that of the tuned model, if the delta knows it.
+    What is under the name `output` is what was there before, or all that is new.
 
     Args:
         source: a .safetensors file, a folder with one or with shards, or a name on the Hugging Face hub.
@@ -656,7 +674,7 @@ def patch_checkpoint(
     if not output.parent.is_dir() or (held.folder is None and output.is_dir()):
         raise ValueError(f"output must be in a folder that exists, got {str(output)!r}; make the folder.")
     found = names_in(held, delta)
-    _check_untied(found)
+    _check_ties(held, found, delta)
     own_parts: dict[str, tuple[str, TensorDelta]] = {}
     added: dict[str, TensorDelta] = {}
     for name, part in delta.tensors.items():
@@ -676,7 +694,8 @@ def patch_checkpoint(
     for own in held.kinds:
         if revert and own in own_parts and own_parts[own][1].indices is None:
             continue
-        names[own] = own.removeprefix(delta.prefix) if revert else delta.prefix * bare + own
+        new = own.removeprefix(delta.prefix) if revert else delta.prefix * bare + own
+        names[own] = renamed_key(held.names[own], own, new)
     owners = {new: own for own, new in names.items()}
     if len(owners) < len(names):
         twice = next(new for own, new in names.items() if owners[new] != own)

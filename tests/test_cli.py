@@ -492,6 +492,8 @@ def test_deltas_of_one_base_merge(tuned: Path) -> None:
     files = [tuned / f"delta_{number}.safetensors" for number in range(2)]
     both = delta("merge", *files, "-o", tuned / "both.safetensors")
     assert (both["changed"], both["conflicts"]) == (20, 0)
+    one = delta("merge", *files, "-o", tuned / "one.safetensors", "--without", "two.*")
+    assert (one["tensors"], one["changed"]) == (both["tensors"] - 1, 10)
     weighted = ("--how", "sum", "--base", tuned / "base.safetensors", "--weights", "0.5,2")
     delta("merge", *files, "-o", tuned / "sum.safetensors", *weighted)
     delta("apply", tuned / "base.safetensors", tuned / "sum.safetensors", "-o", tuned / "merged.safetensors")
@@ -525,6 +527,17 @@ def test_pushing_hands_over_the_repository_and_prints_the_address(tuned: Path, m
     found = delta("push", tuned / "delta_0.safetensors", "me/it")
     assert found == {"url": "https://hub/me/it"}
     assert asked == [(10, "me/it", True), (10, "me/it", None)]
+
+
+def test_a_repository_that_cannot_be_written_is_one_sentence_and_status_two(
+    tuned: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("me/it", "a name/that/is none"):
+        done = call("delta", "push", tuned / "delta_0.safetensors", name)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert f"repository must be one that can be written, got {name!r} (" in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 WRONG_DELTA = {

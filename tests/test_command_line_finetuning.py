@@ -278,6 +278,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(files, monkeypatch)
     assert refused(*options, "--output", "part").startswith(
         "output must be a new or an empty folder, got 'part'"
     )
+    other = refused(*options, "--output", "part", "--resume", "--weight-decay", 0.5)
+    assert other.startswith("weight_decay must be 0.01, as in the run that is resumed, got 0.5; ")
     resumed = answer(*options, "--output", "part", "--resume")
     assert begun == [4, 5, 6]
     assert without_times(resumed) == without_times(whole)
@@ -766,3 +768,32 @@ def test_without_the_packages_that_train_the_extra_is_named(missing, monkeypatch
             f"{command} needs transformers, accelerate and datasets, got no {missing}; "
             "pip install 'sparse_optim[cli,hf]'.\n"
         )
+
+
+def test_a_delta_of_another_task_does_not_stand_for_a_trained_head(files, held_out, tmp_path):
+    path = tmp_path / "delta.safetensors"
+    data = files / "few.jsonl"
+    answer("finetune", files / "writer", data, "--task", "causal-lm", "--max-steps", 1, "--delta", path)
+    words = call("evaluate", files / "writer", held_out, "--delta", path)
+    assert words.exit_code == 2
+    assert "model must have been trained for classification" in words.stderr
+
+
+@pytest.mark.parametrize("option", ["--delta", "--pictures"])
+def test_where_nothing_can_be_written_is_said_before_training(option, files, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path if option == "--delta" else tmp_path / "file"
+    done = call("finetune", files / "classifier", files / "few.jsonl", option, path, "--max-steps", 1)
+    assert done.exit_code == 2
+    assert "train_runtime" not in done.stderr
+
+
+def test_a_density_that_selects_nothing_is_one_sentence(files):
+    done = call("mask", files / "classifier", files / "few.jsonl", "--density", 1e-9)
+    assert done.exit_code == 2
+    assert "density must select at least one" in done.stderr
+
+
+def test_a_file_in_place_of_a_models_folder_is_refused_unopened(files):
+    words = refused("finetune", files / "classifier" / "config.json", files / "few.jsonl")
+    assert "must be a folder or a name on the hub, got the file" in words

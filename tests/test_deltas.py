@@ -1135,3 +1135,107 @@ def test_bars_appear_on_terminals_after_two_seconds_and_tqdm_is_not_needed(monke
     assert [each["total"] for each in seen] == [sum(t.nbytes for t in base.values())] * 2
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     assert extract_delta(base, tuned).info() == delta.info()
+
+
+@pytest.mark.parametrize("lead", ["", "module."], ids=["parametrized", "in DistributedDataParallel"])
+def test_a_patched_checkpoint_keeps_the_names_that_its_base_has(lead, tmp_path):
+    base = {
+        lead + "body.bias": torch.zeros(3),
+        lead + "conv.parametrizations.weight.original0": torch.zeros(2),
+    }
+    tuned = {name: tensor + 1 for name, tensor in base.items()}
+    save_file(base, tmp_path / "base.safetensors")
+    delta = extract_delta(base, tuned)
+    patch_checkpoint(tmp_path / "base.safetensors", delta, tmp_path / "tuned.safetensors")
+    assert same_bits(dict(sorted(load_file(tmp_path / "tuned.safetensors").items())), tuned)
+    patch_checkpoint(tmp_path / "tuned.safetensors", delta, tmp_path / "again.safetensors", revert=True)
+    assert same_bits(dict(sorted(load_file(tmp_path / "again.safetensors").items())), base)
+
+
+def test_a_prefix_comes_before_the_names_that_the_base_has(tmp_path):
+    base = {"bias": torch.zeros(3), "conv.parametrizations.weight.original0": torch.zeros(2)}
+    tuned = {"body." + name: tensor + 1 for name, tensor in base.items()} | {"head": torch.ones(1)}
+    save_file(base, tmp_path / "base.safetensors")
+    delta = extract_delta(base, tuned)
+    patch_checkpoint(tmp_path / "base.safetensors", delta, tmp_path / "tuned.safetensors")
+    assert set(load_file(tmp_path / "tuned.safetensors")) == set(tuned)
+    patch_checkpoint(tmp_path / "tuned.safetensors", delta, tmp_path / "again.safetensors", revert=True)
+    assert set(load_file(tmp_path / "again.safetensors")) == set(base)
+
+
+REPLACED = {
+    "converted": lambda model: model.double(),
+    "assigned": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    "another parameter": lambda model: setattr(model, "weight", nn.Parameter(model.weight.detach().clone())),
+    "other data": lambda model: setattr(model.weight, "data", model.weight.data.clone()),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+def test_a_switcher_refuses_a_model_whose_weights_were_replaced(how):
+    model, tuned = nn.Linear(3, 2), nn.Linear(3, 2)
+    switcher = DeltaSwitcher(model, {"task": extract_delta(model, tuned)})
+    REPLACED[how](model)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="as the last switch left them"):
+        switcher.activate("task")
+    assert same_bits(model, before)
+    assert switcher.active is None
+
+
+def test_weights_of_a_removed_delta_may_change():
+    model = {"one": torch.zeros(3), "two": torch.zeros(3)}
+    deltas = {name: extract_delta(model, model | {name: torch.ones(3)}) for name in model}
+    switcher = DeltaSwitcher(model, deltas)
+    switcher.remove("one")
+    model["one"] += 1
+    switcher.activate("two")
+    assert model["two"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize("whole", [False, True], ids=["listed", "whole"])
+def test_entries_that_share_memory_are_refused_before_anything_changes(dtype, whole):
+    base = {"first": torch.zeros(3), "view": torch.zeros(1, dtype=dtype).expand(4)}
+    tuned = {"first": torch.ones(3), "view": torch.ones(4, dtype=dtype)}
+    delta = extract_delta(base, tuned)
+    if whole:
+        delta = Delta({n: TensorDelta(tuple(t.shape), t.dtype, None, t) for n, t in tuned.items()}, "xor")
+    with pytest.raises(ValueError, match="must have memory for each entry, got an expanded view; clone it"):
+        apply_delta(base, delta)
+    assert base["first"].tolist() == [0, 0, 0]
+
+
+def test_weights_that_are_apart_are_refused_where_the_delta_has_them_tied(tmp_path):
+    weight, changed = torch.zeros(3), torch.ones(3)
+    delta = extract_delta({"a": weight, "b": weight}, {"a": changed, "b": changed})
+    apart = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    save_file(apart, tmp_path / "apart.safetensors")
+    sentence = "model must have 'b' tied to 'a', as the delta has it, got a tensor of its own"
+    with pytest.raises(ValueError, match=sentence):
+        apply_delta(apart, delta)
+    with pytest.raises(ValueError, match=sentence):
+        patch_checkpoint(tmp_path / "apart.safetensors", delta, tmp_path / "tuned.safetensors")
+    # a file has one of them
+    save_file({"b": torch.zeros(3)}, tmp_path / "one.safetensors")
+    patch_checkpoint(tmp_path / "one.safetensors", delta, tmp_path / "tuned.safetensors")
+    assert load_file(tmp_path / "tuned.safetensors")["b"].tolist() == [1, 1, 1]
+
+
+def test_a_delta_is_loaded_onto_the_cpu_whatever_the_default_device(tmp_path):
+    base = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    save_delta(extract_delta(base, base | {"b": torch.ones(3)}), tmp_path / "delta.safetensors")
+    with torch.device("meta"):
+        loaded = load_delta(tmp_path / "delta.safetensors")
+    assert {t.device.type for part in loaded.tensors.values() for t in (part.indices, part.values)} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["source.spm", "vocab.bpe", "qwen.tiktoken"])
+def test_what_a_tokenizer_needs_is_copied(name, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"a": torch.zeros(3)}, base / "model.safetensors")
+    (base / name).write_bytes(b"kept")
+    (base / "flax_model.msgpack").write_bytes(b"stale")
+    patch_checkpoint(base, extract_delta(base, {"a": torch.ones(3)}), tmp_path / "tuned")
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"model.safetensors", name}

@@ -249,7 +249,7 @@ MAY_IMPORT = {
     "planning": {"public"},
     "plots": {"public"},
     # the command is a program: it may know what users know
-    "cli": {"public", "planning", "plots", "finetuning", "integrations", "__main__"},
+    "cli": {"public", "planning", "plots", "checkpoints", "finetuning", "integrations", "__main__"},
     "finetuning": {"public", "checkpoints", "integrations"},
     "__main__": {"public", "backends", "cli"},
     "nn": {"public", "nn"},
