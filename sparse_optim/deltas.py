@@ -140,7 +140,7 @@ class Delta:
             >>> base = {"weight": torch.zeros(10, 10)}
             >>> info = extract_delta(base, {"weight": torch.eye(10)}).info()
             >>> info["changed"], info["density"], info["bytes_per_entry"]
-            (10, 0.1, 5.0)
+            (10, 0.1, 4.8)
         """
         sizes = {name: _sizes(part) for name, part in self.tensors.items()}
         listed = {name: part for name, part in self.tensors.items() if part.indices is not None}

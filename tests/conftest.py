@@ -3,6 +3,7 @@
 import functools
 import gc
 import importlib.util
+import logging
 import math
 import os
 import random
@@ -109,3 +110,15 @@ def torchs_own_bits(monkeypatch):
     from sparse_optim import MaskedAdamW
 
     monkeypatch.setitem(MaskedAdamW.__init__.__kwdefaults__, "backend", "reference")
+
+
+@pytest.fixture
+def open_logs():
+    """What libraries log goes to a stream that is open: a handler that was made while a command ran in this
+    process writes to what that command's stderr was.
+    """
+    for logger in (logging.getLogger(), *logging.Logger.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
+                # not setStream, which flushes the old one
+                handler.stream = sys.stderr

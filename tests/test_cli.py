@@ -46,6 +46,8 @@ from sparse_optim.cli import app, parse_bytes  # noqa: E402
 with torch.device("meta"):
     torch.empty(1)
 
+pytestmark = pytest.mark.usefixtures("open_logs")
+
 
 def call(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -37,6 +37,7 @@ with torch.device("meta"):
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
+    pytest.mark.usefixtures("open_logs"),
     pytest.mark.filterwarnings("ignore::Warning:(torch|transformers|accelerate).*"),
     # 1 % of so few entries may be none of the norms and biases
     pytest.mark.filterwarnings("ignore:nothing was selected in parameter group:UserWarning"),
