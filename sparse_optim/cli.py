@@ -700,7 +700,7 @@ def to_peft_(
     model: ModelName,
     output: Output,
     kind: Annotated[Kind, typer.Option(help="of PEFT's adapters")] = Kind.SHIRA,
-    task: TaskOption = Task.CAUSAL_LM,
+    task: Annotated[Task | None, typer.Option(help="default: what the delta's model is for")] = None,
     dtype: DtypeOption = None,
     without: Without = None,
     as_json: AsJson = False,
@@ -714,6 +714,8 @@ def to_peft_(
 
     finetuning = _finetuning("delta to-peft")
     found = load_delta(file).without(*(without or ()))
+    tuned = str(found.config["tuned"].get("architectures") if found.config else "")
+    task = task or (Task.CLASSIFICATION if "ForSequenceClassification" in tuned else Task.CAUSAL_LM)
     recipe = finetuning.Recipe(
         model=model, data="", task=task.value, dtype=None if dtype is None else dtype.value
     )

@@ -314,7 +314,7 @@ def read_both(recipe: Recipe) -> tuple[Corpus, Corpus]:
     held_out = read_corpus(recipe, recipe.eval_data)
     shared = len(set(data.texts) & set(held_out.texts))
     if shared:
-        note(f"{shared} texts of {recipe.eval_data!r} are trained as well: the metric is too good.")
+        note(f"{shared} of the texts of {recipe.eval_data!r} are trained as well: metrics may be too good.")
     return data, held_out
 
 

@@ -133,7 +133,7 @@ def _check_same_base(deltas: Sequence[Delta]) -> None:
             if not same_kind or not same_hash or (part.indices is None) != (other.indices is None):
                 raise ValueError(
                     f"deltas must be of one base, got two of {name!r}; extract them from the same weights, "
-                    "or leave the tensor out by without()."
+                    "or leave the tensor out by without(), --without."
                 )
 
 
@@ -141,8 +141,8 @@ def _same_whole(name: str, parts: Sequence[tuple[int, TensorDelta]]) -> TensorDe
     part = parts[0][1]
     if not all(torch.equal(bits_of(other.values), bits_of(part.values)) for _, other in parts):
         raise ValueError(
-            f"deltas must have the same {name!r}, which they store whole, got different ones; keep one of "
-            "them, and drop the others by without()."
+            f"deltas must have the same {name!r}, which they store whole, got different ones; leave it out "
+            "by without(), --without."
         )
     return part
 

@@ -86,7 +86,8 @@ def extract_delta(
     Tensors are read one after the other: from files, never are two models in memory. Names are those of the
     plain models, without what DistributedDataParallel, `torch.compile` and others add; tied weights count
     once. Tensors that only the tuned model has, such as a new head, are stored whole; a prefix that all its
-    other names have ("bert.") is recognised.
+    other names have ("bert.") is recognised. Integers and rotary frequencies that only the base has, buffers
+    which later versions of a library do not save, are left out.
 
     Args:
         base: a module, a mapping of tensors, a .safetensors file, a folder with one or with shards and their
@@ -119,11 +120,11 @@ def extract_delta(
         raise ValueError("base must have tensors, got none; pass the model that was tuned.")
     prefix = _prefix(before, after)
     pairs, aliases = _pairs(before, after, prefix)
-    missing = sorted(set(before.kinds) - set(pairs.values()))
+    missing = [name for name in before.kinds.keys() - pairs.values() if not _is_no_longer_saved(before, name)]
     if missing:
         raise ValueError(
-            f"tuned must have every tensor of the base, got no {missing[0]!r} ({len(missing)} are missing); "
-            "pass two forms of one model, or leave them out with ignore=."
+            f"tuned must have every tensor of the base, got no {min(missing)!r} ({len(missing)} are missing);"
+            " pass two forms of one model, or leave out what does not train with ignore=, --ignore."
         )
     for name, other in pairs.items():
         new, old = after.kinds[after.aliases.get(name, name)], before.kinds[other]
@@ -192,10 +193,18 @@ def _kept(weights: Weights, ignore: Sequence[str]) -> Weights:
     return weights._replace(kinds=kinds, aliases=aliases)
 
 
+def _is_no_longer_saved(weights: Weights, name: str) -> bool:
+    """Whether it is a buffer that older checkpoints have and newer ones lack: positions, causal masks."""
+    kind = weights.kinds[name]
+    is_number = kind.dtype.is_floating_point or kind.dtype.is_complex
+    return not is_number or name.rpartition(".")[2] in ("inv_freq", "masked_bias")
+
+
 def _prefix(before: Weights, after: Weights) -> str:
     """What names get when a model becomes part of another."""
-    mine, theirs = set(before.kinds), {*after.kinds, *after.aliases}
-    if mine & theirs:
+    mine = {name for name in before.kinds if not _is_no_longer_saved(before, name)}
+    theirs = {*after.kinds, *after.aliases}
+    if not mine or mine & theirs:
         return ""
     # the first name says which are possible
     first = min(mine)
@@ -321,6 +330,10 @@ def _targets(model: nn.Module | Mapping[str, Tensor], delta: Delta) -> list[tupl
             f"model must be a module or a mapping of tensors, got {type(model).__name__}; files are changed "
             "by patch_checkpoint."
         )
+    if not isinstance(delta, Delta):
+        raise TypeError(
+            f"delta must be a Delta, got {type(delta).__name__}; load_delta reads one from a file."
+        )
     held = weights_of(model)
     found = names_in(held, delta)
     targets = []
@@ -333,7 +346,7 @@ def _targets(model: nn.Module | Mapping[str, Tensor], delta: Delta) -> list[tupl
         if held.kinds[own] != (part.dtype, part.shape):
             raise ValueError(
                 f"model must have {name!r} as {Kind(part.dtype, part.shape)}, got "
-                f"{held.kinds[own]}; load it in the delta's dtype."
+                f"{held.kinds[own]}; load the model with the dtype and the labels that it has there."
             )
         tensor = held.read(own)
         if overlaps_itself(tensor):

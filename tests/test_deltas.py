@@ -325,7 +325,7 @@ def test_other_dtypes_shapes_and_names_are_refused():
     for model, match in [
         (
             {name: t.bfloat16() if t.is_floating_point() else t for name, t in base.items()},
-            "load it in the delta's",
+            "load the model with the dtype",
         ),
         (
             base | {"layer.weight": base["layer.weight"][:-1]},
@@ -339,6 +339,9 @@ def test_other_dtypes_shapes_and_names_are_refused():
         refuses(model, lambda model=model: revert_delta(model, delta), match)
     with pytest.raises(TypeError, match="model must be a module or a mapping") as error:
         apply_delta("model.safetensors", delta)
+    one_sentence(error)
+    with pytest.raises(TypeError, match="load_delta reads one") as error:
+        apply_delta(base, "task.safetensors")
     one_sentence(error)
 
 
@@ -996,7 +999,9 @@ def test_a_new_head_goes_along_to_peft_and_what_peft_cannot_hold_is_refused(tmp_
         model = make()
         with torch.no_grad():
             model.get_parameter(name).view(-1)[0] += 1
-        with pytest.raises(ValueError, match=f"only weights of nn.Linear .* got '{name}'") as error:
+        with pytest.raises(
+            ValueError, match=f"only weights of nn.Linear .* got '{name}' and 0 others"
+        ) as error:
             to_peft(extract_delta(base, model), tmp_path / "x", model=base)
         one_sentence(error)
     for act, match in [

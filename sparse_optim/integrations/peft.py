@@ -55,16 +55,21 @@ def to_peft(
     modules = dict(model.named_modules())
     saved = _saved_modules(delta, modules)
     layers: dict[str, TensorDelta] = {}
+    others = []
     for name, part in delta.tensors.items():
         owner, _, attribute = name.rpartition(".")
         if part.indices is None or not part.changed or owner in saved:
             continue
         if attribute != "weight" or not isinstance(modules.get(owner), nn.Linear):
-            raise ValueError(
-                f"only weights of nn.Linear can be changed in a PEFT adapter, got {name!r}; train these "
-                "alone, leave it out by delta.without(), or apply the delta itself."
-            )
+            others.append(name)
+            continue
         layers[owner] = part
+    if others:
+        raise ValueError(
+            f"only weights of nn.Linear can be changed in a PEFT adapter, got {others[0]!r} and "
+            f"{len(others) - 1} others; train these alone, leave out the others by delta.without() or "
+            "--without, or apply the delta itself."
+        )
     if not layers:
         raise ValueError(
             f"delta must change a weight of an nn.Linear for a PEFT adapter, got {delta!r}; extract another."
