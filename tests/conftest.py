@@ -113,12 +113,8 @@ def torchs_own_bits(monkeypatch):
 
 
 @pytest.fixture
-def open_logs():
-    """What libraries log goes to a stream that is open: a handler that was made while a command ran in this
-    process writes to what that command's stderr was.
+def quiet_logs(monkeypatch):
+    """Logging does not complain, on the stderr of a command, of handlers that libraries made while another
+    command ran in this process: what these write to is closed.
     """
-    for logger in (logging.getLogger(), *logging.Logger.manager.loggerDict.values()):
-        for handler in getattr(logger, "handlers", ()):
-            if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
-                # not setStream, which flushes the old one
-                handler.stream = sys.stderr
+    monkeypatch.setattr(logging, "raiseExceptions", False)

@@ -46,7 +46,7 @@ from sparse_optim.cli import app, parse_bytes  # noqa: E402
 with torch.device("meta"):
     torch.empty(1)
 
-pytestmark = pytest.mark.usefixtures("open_logs")
+pytestmark = pytest.mark.usefixtures("quiet_logs")
 
 
 def call(*arguments: object) -> Any:

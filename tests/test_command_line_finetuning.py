@@ -37,7 +37,7 @@ with torch.device("meta"):
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
-    pytest.mark.usefixtures("open_logs"),
+    pytest.mark.usefixtures("quiet_logs"),
     pytest.mark.filterwarnings("ignore::Warning:(torch|transformers|accelerate).*"),
     # 1 % of so few entries may be none of the norms and biases
     pytest.mark.filterwarnings("ignore:nothing was selected in parameter group:UserWarning"),
@@ -575,7 +575,7 @@ def test_what_is_trained_and_evaluated_all_the_same_is_said(files):
         "--max-steps", 1, "--json",
     )  # fmt: skip
     assert done.exit_code == 0
-    assert "are trained as well: the metric is too good." in done.stderr
+    assert "are trained as well: metrics may be too good." in done.stderr
 
 
 # --- what is wrong ----------------------------------------------------------------------------------------
