@@ -147,7 +147,7 @@ def extract_delta(
     return Delta(tensors, mode, base_model or _called(base), prefix, aliases, _configs(before, after))
 
 
-def _difference(old: Tensor, new: Tensor, mode: Mode, tuned: str | None = None) -> TensorDelta:
+def _difference(old: Tensor, new: Tensor, mode: Mode) -> TensorDelta:
     old, new = old.detach(), new.detach()
     if old.device != new.device:
         old, new = old.cpu(), new.cpu()
@@ -156,9 +156,7 @@ def _difference(old: Tensor, new: Tensor, mode: Mode, tuned: str | None = None) 
         places.append(where.to(index_dtype(new.numel())))
         values.append(_values(before, after, new.dtype, mode))
     indices = torch.cat(places).cpu()
-    return TensorDelta(
-        tuple(new.shape), new.dtype, indices, torch.cat(values).cpu(), content_hash(old), tuned
-    )
+    return TensorDelta(tuple(new.shape), new.dtype, indices, torch.cat(values).cpu(), content_hash(old))
 
 
 def _differing(old: Tensor, new: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
