@@ -400,6 +400,25 @@ def test_extracting_refuses_two_models_that_are_not_of_one_kind():
     )
 
 
+def test_buffers_that_are_no_longer_saved_may_be_missing_and_stay_in_the_base(tmp_path):
+    base, tuned = a_base(), tuned_from(a_base())
+    older = base | {"position_ids": torch.arange(5), "rotary.inv_freq": torch.ones(2)}
+    # also where the tuned model's names have a prefix, which is not to be looked for in these
+    wrapped = {f"bert.{name}": tensor for name, tensor in tuned.items()}
+    for other in (tuned, wrapped):
+        delta = extract_delta(older, other)
+        assert delta.info()["changed"] == extract_delta(base, tuned).info()["changed"]
+        save_file(older, tmp_path / "base.safetensors")
+        patch_checkpoint(tmp_path / "base.safetensors", delta, tmp_path / "tuned.safetensors")
+        found = load_file(tmp_path / "tuned.safetensors")
+        assert same_bits({name: found[name] for name in other}, other) and len(found) == len(older)
+        patch_checkpoint(tmp_path / "tuned.safetensors", delta, tmp_path / "again.safetensors", revert=True)
+        again = load_file(tmp_path / "again.safetensors")
+        assert again.keys() == older.keys() and same_bits({name: again[name] for name in older}, older)
+    with pytest.raises(ValueError, match="got no 'weight'"):
+        extract_delta(base | {"weight": torch.ones(2)}, tuned)
+
+
 # --- names: wrappers, prefixes, ties, heads ---------------------------------------------------------------
 
 
